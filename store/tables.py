@@ -1,0 +1,167 @@
+"""A store's metadata files: made, added to, and published from the receipts.
+
+Only a coordinator calls these; shard tasks write arrays and receipts alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moclip.errors import FeatureError, StoreFormatError, StoreNotFoundError
+from moclip.store.files import check_name, write_atomic
+from moclip.store.receipts import fold, list_receipts, parquet_bytes
+from moclip.store.schema import FORMAT, FeatureSpec, empty_entries, empty_labels, empty_videos
+
+
+def group_json(attributes: Mapping[str, Any]) -> bytes:
+    """The ``zarr.json`` of a Zarr v3 group."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    return json.dumps(group, indent=1, sort_keys=True).encode()
+
+
+GROUP = group_json({})
+_TABLES = {"videos.parquet": empty_videos, "entries.parquet": empty_entries, "labels.parquet": empty_labels}
+
+
+def create_store(root: str | Path) -> None:
+    """Make an empty store that opens, or leave the one that is there as it is.
+
+    :class:`StoreFormatError` if the folder holds something else.
+    """
+    root = Path(root)
+    if (root / "zarr.json").exists():
+        check_format(root)
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise StoreFormatError(f"{root} exists and is not a moclip store; name another path")
+    for name, empty in _TABLES.items():
+        if not (root / name).exists():
+            write_atomic(root / name, parquet_bytes(empty()))
+    if not (root / "classes.json").exists():
+        write_atomic(root / "classes.json", b"[]")
+    if not (root / "features" / "zarr.json").exists():
+        write_atomic(root / "features" / "zarr.json", GROUP)
+    if not (root / "zarr.json").exists():
+        write_atomic(root / "zarr.json", group_json({"moclip": {"format": FORMAT}}))
+    if not (root / "catalogue.json").exists():
+        _write_catalogue(root, [])
+
+
+def check_format(root: Path) -> None:
+    """Raise unless ``root`` is a store of a format that this version reads."""
+    if not (root / "zarr.json").is_file():
+        hint = "no such folder" if not root.exists() else "it has no zarr.json"
+        raise StoreNotFoundError(f"no moclip store at {root} ({hint}); `moclip extract SOURCE STORE` makes one")
+    attributes = read_group(root).get("moclip")
+    found = attributes.get("format") if isinstance(attributes, dict) else None
+    if not isinstance(found, int):
+        raise StoreFormatError(f"{root} is a Zarr group but no moclip store: its attributes name no format")
+    if found > FORMAT:
+        raise StoreFormatError(f"{root} has format {found}, this moclip reads up to {FORMAT}; upgrade moclip")
+
+
+def read_group(folder: Path) -> dict[str, Any]:
+    """The attributes of a Zarr group."""
+    try:
+        attributes = json.loads((folder / "zarr.json").read_bytes())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreFormatError(f"{folder}/zarr.json is not a Zarr group: {error}") from error
+    if not isinstance(attributes, dict):
+        raise StoreFormatError(f"{folder}/zarr.json is not a Zarr group: its attributes are no mapping")
+    return attributes
+
+
+def add_feature(root: str | Path, name: str, spec: FeatureSpec) -> None:
+    """Give ``name`` to a specification. :class:`FeatureError` if it belongs to another one."""
+    folder = Path(root) / "features" / check_name(name, "a feature")
+    if (folder / "zarr.json").exists():
+        there = read_feature(folder)
+        if there.digest != spec.digest:
+            raise FeatureError(
+                f"the feature {name!r} is taken in {root} by another specification ({_difference(there, spec)}); "
+                "give this one a name of its own with --as NAME"
+            )
+        return
+    attributes = {"moclip": {"specification": spec.to_json(), "digest": spec.digest}}
+    write_atomic(folder / "zarr.json", group_json(attributes))
+
+
+def _difference(there: FeatureSpec, here: FeatureSpec) -> str:
+    old, new = _flat(there.to_json()), _flat(here.to_json())
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} asked for" for key in changed[:4])
+
+
+def _flat(spec: dict[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in spec.items() if key != "parameters"}, **spec["parameters"]}
+
+
+def read_feature(folder: Path) -> FeatureSpec:
+    """A feature's specification, checked against the digest beside it."""
+    attributes = read_group(folder).get("moclip")
+    if not isinstance(attributes, dict):
+        raise StoreFormatError(f"{folder} carries no feature specification")
+    spec = FeatureSpec.from_json(attributes.get("specification"))
+    if spec.digest != attributes.get("digest"):
+        raise StoreFormatError(f"the specification of {folder} does not match its digest: it was changed by hand")
+    return spec
+
+
+def publish(root: str | Path) -> None:
+    """Write the tables that the receipts amount to, and repeat until no receipt came in between.
+
+    So of two runs into one store, whichever publishes last has seen the other's receipts.
+    """
+    root = Path(root)
+    while True:
+        names = list_receipts(root)
+        videos, entries = fold(root, names)
+        write_atomic(root / "videos.parquet", parquet_bytes(videos))
+        write_atomic(root / "entries.parquet", parquet_bytes(entries))
+        _write_catalogue(root, names)
+        if list_receipts(root) == names:
+            return
+
+
+def write_labels(root: str | Path, table: pa.Table, classes: list[str]) -> None:
+    """Replace labels, groups and splits: ``id, label, group, split_<name>``, all text, one row an id."""
+    root = Path(root)
+    write_atomic(root / "labels.parquet", parquet_bytes(table.sort_by("id")))
+    write_atomic(root / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0).encode())
+    _write_catalogue(root, list_receipts(root))
+
+
+def _write_catalogue(root: Path, receipts: list[str]) -> None:
+    """List every metadata file and receipt with its size and checksum, and the list's own checksum."""
+    features = sorted(path.relative_to(root).as_posix() for path in root.glob("features/*/zarr.json"))
+    names = [*_TABLES, "classes.json", "features/zarr.json", *features, *receipts]
+    files = {name: _fingerprint(root / name) for name in ["zarr.json", *names] if (root / name).exists()}
+    body = {"format": FORMAT, "files": files}
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    catalogue = {**body, "sha256": checksum}
+    write_atomic(root / "catalogue.json", json.dumps(catalogue, indent=0, sort_keys=True).encode())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def read_table(root: Path, name: str) -> pa.Table:
+    """One of the store's tables, with the columns that format 1 promises, sorted by id."""
+    expected = _TABLES[name]().schema
+    try:
+        table = pq.read_table(pa.BufferReader((root / name).read_bytes()))
+        for field in expected:
+            if table.schema.field(field.name).type != field.type:
+                raise StoreFormatError(
+                    f"{root / name}: column {field.name} is {table.schema.field(field.name).type}, "
+                    f"{field.type} expected"
+                )
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise StoreFormatError(f"{root / name} cannot be read: {error}") from error
+    return table.replace_schema_metadata(None)
