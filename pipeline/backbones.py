@@ -1,0 +1,348 @@
+"""Frozen image encoders under their library's names, with their library's own preprocessing.
+
+``open_clip:<model>/<weights>`` is a CLIP-like model with an image and a text side, ``timm:<model>`` an image backbone
+whose pooled features are the embedding. Weights come by name through the library, or from a file. torch, timm and
+open_clip take seconds to import, so they are imported where they are used.
+"""
+
+import hashlib
+import logging
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moclip.errors import EncoderError
+from moclip.store import FeatureSpec
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_HUB_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which encoder: ``open_clip:<model>/<weights>`` or ``timm:<model>``, and a file that replaces its weights.
+
+    With a file, open_clip's weights name may be left out; it then only chooses the preprocessing.
+    """
+
+    name: str
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.library not in _BUILDERS or not self.model:
+            raise EncoderError(
+                f"no encoder {self.name!r}; expected open_clip:<model>/<weights> or timm:<model>, "
+                "for example open_clip:ViT-B-32-quickgelu/openai"
+            )
+
+    @property
+    def library(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(":")[2]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen image encoder in eval mode. ``dim`` is the length of one embedding."""
+
+    name: str
+    slug: str
+    dim: int
+    weights_sha256: str
+    preprocessing: Mapping[str, Any]
+    device: str
+    _model: Any
+    _transform: Callable[[Any], "torch.Tensor"]
+    _tokenizer: Callable[[list[str]], "torch.Tensor"] | None
+
+    def prepare(self, rgb: npt.NDArray[np.uint8]) -> "torch.Tensor":
+        """One frame, (H, W, 3) uint8, through the library's own transform: (3, S, S) float32."""
+        from PIL import Image
+
+        return self._transform(Image.fromarray(rgb))
+
+    def encode(self, batch: "torch.Tensor") -> npt.NDArray[np.float32]:
+        """Prepared frames (n, 3, S, S) to embeddings (n, dim), not normalised."""
+        import torch
+
+        with torch.inference_mode():
+            images = batch.to(self.device)
+            rows = self._model(images) if self._tokenizer is None else self._model.encode_image(images)
+        return _rows(rows)
+
+    def encode_text(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Texts to embeddings (n, dim), not normalised. :class:`EncoderError` if the encoder has no text side."""
+        import torch
+
+        if self._tokenizer is None:
+            raise EncoderError(f"{self.name} has no text side; texts need an open_clip encoder")
+        with torch.inference_mode():
+            rows = self._model.encode_text(self._tokenizer(list(texts)).to(self.device))
+        return _rows(rows)
+
+    def spec(self, frames_policy: str) -> FeatureSpec:
+        """The specification of this encoder's embeddings of the frames that ``frames_policy`` samples."""
+        return FeatureSpec(
+            kind="embedding",
+            dtype="float16",
+            unit="1",
+            parameters={
+                "version": 1,
+                "encoder": self.name,
+                "weights_sha256": self.weights_sha256,
+                "preprocessing": dict(self.preprocessing),
+                "frames": frames_policy,
+            },
+            columns={"frame_index": "int32", "pts_seconds": "float64"},
+            axes=("channel",),
+        )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a library gives for a name: the model, its transform, the transform in JSON, a tokenizer or None."""
+
+    model: Any
+    transform: Callable[[Any], "torch.Tensor"]
+    preprocessing: dict[str, Any]
+    tokenizer: Callable[[list[str]], "torch.Tensor"] | None = None
+
+
+def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
+    """Build an encoder. :class:`EncoderError`, in one line, if it is unknown or its weights are out of reach."""
+    import torch
+
+    parts = _BUILDERS[config.library](config)
+    model = parts.model.eval().requires_grad_(False).to(device)
+    digest = hash_weights(model.state_dict())
+    slug = re.sub(r"[^a-z0-9]+", "-", config.model.lower()).strip("-")
+    encoder = Encoder(
+        name=config.name,
+        slug=f"{slug}-{digest[:8]}" if config.weights else slug,
+        dim=0,
+        weights_sha256=digest,
+        preprocessing=parts.preprocessing,
+        device=device,
+        _model=model,
+        _transform=parts.transform,
+        _tokenizer=parts.tokenizer,
+    )
+    probe = encoder.encode(torch.stack([encoder.prepare(np.zeros((64, 64, 3), np.uint8))]))
+    return Encoder(**{**_shallow(encoder), "dim": probe.shape[1]})
+
+
+def timm_backbone(model: str, weights: str | None = None, *, pretrained: bool = True) -> Any:
+    """A timm model without its classifier: images to pooled features, ``num_features`` long.
+
+    Its weights are those of the file ``weights``, else timm's own by name, else (``pretrained=False``) random.
+    """
+    import timm
+
+    if not model.startswith("hf-hub:") and not timm.is_model(model):
+        close = ", ".join(timm.list_models(f"*{model.split('.')[0]}*")[:5])
+        raise EncoderError(f"timm has no model {model!r}" + (f"; close to it: {close}" if close else ""))
+    if weights is not None:
+        backbone = timm.create_model(model, pretrained=False, num_classes=0)
+        _load_strictly(backbone, _without_head(read_weights(weights), backbone), weights)
+        return backbone
+    if pretrained and not model.startswith("hf-hub:"):
+        known = timm.get_pretrained_cfg(model, allow_unregistered=True)
+        if known is None or not known.has_weights:
+            raise EncoderError(f"timm has no weights for {model!r}; give a file with --weights FILE")
+    with _reaching(f"timm:{model}"):
+        return timm.create_model(model, pretrained=pretrained, num_classes=0)
+
+
+def read_weights(file: str | Path) -> dict[str, "torch.Tensor"]:
+    """The tensors of a safetensors file or of a plain ``torch.save``, out of the usual wrappers.
+
+    Nothing in the file is executed. :class:`EncoderError` if it holds anything but named tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if Path(file).suffix == ".safetensors":
+            found: Any = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise EncoderError(f"no weights file {file}") from None
+    except (OSError, SafetensorError) as error:
+        raise EncoderError(f"the weights file {file} cannot be read: {error}") from error
+    except Exception as error:  # torch.load raises whatever its parsers raise
+        reason = str(error).splitlines()[0]
+        raise EncoderError(
+            f"the weights file {file} is neither safetensors nor a plain state dict of tensors ({reason}); "
+            "save it with safetensors.torch.save_file(model.state_dict(), FILE)"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    tensors = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
+    if not tensors or not found:
+        raise EncoderError(f"the weights file {file} holds no state dict of tensors")
+    if all(name.startswith("module.") for name in found):
+        found = {name.removeprefix("module."): value for name, value in found.items()}
+    return dict(found)
+
+
+def hash_weights(state: Mapping[str, "torch.Tensor"]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, in order of names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _build_timm(config: EncoderConfig) -> _Parts:
+    import timm
+
+    model = timm_backbone(config.model, config.weights)
+    data = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**data, is_training=False)
+    return _Parts(model, transform, {"library": "timm", **_plain(data)})
+
+
+def _build_open_clip(config: EncoderConfig) -> _Parts:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    name, _, tag = config.model.partition("/")
+    architecture = open_clip.get_model_config(name)
+    if architecture is None:
+        raise EncoderError(f"open_clip has no model {name!r}; python -c 'import open_clip; "
+                           "print(open_clip.list_models())' lists them")  # fmt: skip
+    weights = get_pretrained_cfg(name, tag) if tag else {}
+    if config.weights is None and not weights:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise EncoderError(f"open_clip has no weights {tag!r} for {name}; it has: {tags}; or give --weights FILE")
+    if weights.get("quick_gelu", tag == "openai") and not architecture.get("quick_gelu", False):
+        log.warning(
+            "%s: these weights were trained with QuickGELU and %s computes GELU; use %s-quickgelu/%s",
+            config.name, name, name, tag,
+        )  # fmt: skip
+    known = {field.name for field in fields(PreprocessCfg)}
+    options: dict[str, Any] = {"force_preprocess_cfg": {k: v for k, v in weights.items() if k in known}}
+    with _reaching(config.name), _quiet_root_logger():
+        if config.weights is None:
+            options["pretrained"] = open_clip.pretrained.download_pretrained(weights)
+        model = open_clip.create_model(name, pretrained_text=False, **options)
+        tokenizer = open_clip.get_tokenizer(name)
+    if config.weights is not None:
+        state = read_weights(config.weights)
+        if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+            state = open_clip.model.convert_to_custom_text_state_dict(state)
+        _load_strictly(model, state, config.weights)
+    preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
+    transform = image_transform_v2(preprocessing, is_train=False)
+    return _Parts(model, transform, {"library": "open_clip", **_plain(asdict(preprocessing))}, tokenizer)
+
+
+_BUILDERS: dict[str, Callable[[EncoderConfig], _Parts]] = {"open_clip": _build_open_clip, "timm": _build_timm}
+
+
+def _without_head(state: dict[str, "torch.Tensor"], backbone: Any) -> dict[str, "torch.Tensor"]:
+    heads = backbone.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    own = backbone.state_dict()
+    return {name: value for name, value in state.items() if name in own or not name.startswith(prefixes)}
+
+
+def _load_strictly(model: Any, state: Mapping[str, "torch.Tensor"], file: str) -> None:
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise EncoderError(f"the weights file {file} is of another model: {' '.join(lines)[:300]}") from error
+
+
+@contextmanager
+def _reaching(name: str) -> Iterator[None]:
+    """Let a library fetch weights, from its cache alone where the hub does not answer, and say so if it fails.
+
+    The hub's client retries for most of a minute before it gives up; one short question is enough to know.
+    """
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    except EncoderError:
+        raise
+    except Exception as error:
+        log.debug("loading %s failed", name, exc_info=error)
+        if not constants.HF_HUB_OFFLINE:
+            raise EncoderError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise EncoderError(
+            f"the weights of {name} are not cached and {constants.ENDPOINT} is out of reach: give them with "
+            "--weights FILE, run once where it is reachable, or use --encoder none"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    """open_clip logs on the root logger, which would install a handler there for good."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+
+    def errors_only(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    root.addHandler(handler)
+    root.addFilter(errors_only)
+    try:
+        yield
+    finally:
+        root.removeFilter(errors_only)
+        root.removeHandler(handler)
+
+
+def _rows(rows: "torch.Tensor") -> npt.NDArray[np.float32]:
+    return np.asarray(rows.float().cpu().numpy(), np.float32)
+
+
+def _shallow(encoder: Encoder) -> dict[str, Any]:
+    return {field.name: getattr(encoder, field.name) for field in fields(encoder)}
+
+
+def _plain(value: Any) -> Any:
+    """The same in JSON's types: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

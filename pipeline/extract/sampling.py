@@ -1,0 +1,47 @@
+"""Which frames of a video the encoder sees: ``middle``, ``uniform:N``, ``random:N`` or ``fps:X``."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moclip.errors import SourceError
+
+_PATTERN = re.compile(r"(middle)|(uniform|random):([1-9]\d{0,4})|(fps):(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class FramePolicy:
+    """A rule from (number of frames, frame rate, id) to frame indices; equal inputs give equal indices."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        match = _PATTERN.fullmatch(self.name)
+        if match is None or (match[5] is not None and float(match[5]) == 0):
+            raise SourceError(
+                f"frames {self.name!r} is not a policy; expected middle, uniform:8, random:1 or fps:1"
+            )
+
+    def indices(self, frames: int, fps: float, video_id: str) -> npt.NDArray[np.int64]:
+        """Ascending indices into ``frames`` frames; a video shorter than N repeats some."""
+        kind, _, value = self.name.partition(":")
+        if kind == "fps":
+            count = max(1, round(frames / fps * float(value)))
+            chosen = (np.arange(count) + 0.5) * frames / count
+        elif kind == "random":
+            chosen = np.sort(_seeded(video_id).permutation(_repeated(frames, int(value)))[: int(value)])
+        else:
+            count = int(value or 1)
+            chosen = (np.arange(count) + 0.5) * frames / count
+        return np.minimum(chosen.astype(np.int64), frames - 1)
+
+
+def _seeded(video_id: str) -> np.random.Generator:
+    return np.random.default_rng(list(hashlib.sha256(video_id.encode()).digest()))
+
+
+def _repeated(frames: int, count: int) -> npt.NDArray[np.int64]:
+    return np.tile(np.arange(frames), -(-count // frames))

@@ -1,0 +1,121 @@
+"""From a grid of displacements to a network's input: quantise, resize, crop and mirror, on the device.
+
+Everything is measured in pixels of the frame, so a grid of 8 px cells and the full field give one picture. A resize
+followed by a crop is linear in the grid: two small matrix products, one for each axis.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+#: Training sizes over the 224 px input, and the size that test crops are taken from (MoCLIP-Lite, CoViAR).
+_TRAIN_SIZES = (224, 256, 299)
+_TEST_SIZE = 256
+_BASE = 224
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A frame of ``width`` x ``height`` pixels sampled on ``gw`` x ``gh`` cells of ``cell`` pixels."""
+
+    width: int
+    height: int
+    cell: int
+    gw: int
+    gh: int
+
+    def __post_init__(self) -> None:
+        if (self.gw, self.gh) != (-(-self.width // self.cell), -(-self.height // self.cell)):
+            raise ValueError(f"a {self.gw}x{self.gh} grid of {self.cell} px cells is not of {self.width}x{self.height}")
+
+    @property
+    def row_bytes(self) -> int:
+        return 4 * self.gw * self.gh
+
+
+@dataclass(frozen=True)
+class Views:
+    """One view a clip: squash the frame to ``resize`` x ``resize``, crop at (``left``, ``top``), perhaps mirror.
+
+    Each is a tensor of n; all segments of a clip share its view.
+    """
+
+    resize: torch.Tensor
+    left: torch.Tensor
+    top: torch.Tensor
+    mirror: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.resize)
+
+    def take(self, chosen: npt.NDArray[np.int64]) -> "Views":
+        at = torch.from_numpy(chosen)
+        return Views(self.resize[at], self.left[at], self.top[at], self.mirror[at])
+
+
+def random_views(n: int, size: int, rng: np.random.Generator) -> Views:
+    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases."""
+    resize = np.array([size * s // _BASE for s in _TRAIN_SIZES])[rng.integers(len(_TRAIN_SIZES), size=n)]
+    left, top = (rng.integers(0, resize - size + 1) for _ in range(2))
+    mirror = rng.random(n) < 0.5
+    return Views(*(torch.from_numpy(values) for values in (resize, left, top, mirror)))
+
+
+def test_views(n: int, size: int, crops: int = 1) -> Views:
+    """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of each."""
+    resize = size * _TEST_SIZE // _BASE
+    edge = resize - size
+    boxes = [(edge // 2, edge // 2)]
+    if crops == 10:
+        boxes += [(0, 0), (edge, 0), (0, edge), (edge, edge)]
+    views = [(x, y, mirror) for mirror in ((False, True) if crops == 10 else (False,)) for x, y in boxes]
+    left, top, mirrors = (torch.tensor(column).repeat(n) for column in zip(*views, strict=True))
+    return Views(torch.full((n * crops,), resize), left, top, mirrors)
+
+
+test_views.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
+
+
+def quantise(pixels: torch.Tensor) -> torch.Tensor:
+    """Displacements in pixels to CoViAR's 8-bit picture, in [-0.5, 0.5]; no motion is 128 / 255 - 0.5."""
+    return (torch.trunc(pixels * (127.5 / 20)) + 128).clamp_(0, 255).div_(255).sub_(0.5)
+
+
+def prepare(grids: torch.Tensor, geometry: Geometry, views: Views, size: int, scale: float = 1.0) -> torch.Tensor:
+    """Grids (n, segments, 2, gh, gw), times ``scale`` in pixels, under one view a clip: (n, segments, 2, size, size).
+
+    Mirroring negates x *before* it is quantised: no motion stays no motion.
+    """
+    device = grids.device
+    mirror = views.mirror.to(device)
+    pixels = grids.float() * scale
+    pixels[:, :, 0] *= torch.where(mirror, -1.0, 1.0)[:, None, None, None]
+    across = resize_matrix(views.left, views.resize, size, geometry.width, geometry.cell, geometry.gw)
+    down = resize_matrix(views.top, views.resize, size, geometry.height, geometry.cell, geometry.gh)
+    across, down = across.to(device), down.to(device)
+    across = torch.where(mirror[:, None, None], across.flip(1), across)
+    return down[:, None, None] @ quantise(pixels) @ across.mT[:, None, None]
+
+
+def resize_matrix(
+    offset: torch.Tensor, resize: torch.Tensor, size: int, length: int, cell: int, count: int
+) -> torch.Tensor:
+    """Weights (n, size, count) that turn ``count`` cells along an axis of ``length`` pixels into ``size`` pixels.
+
+    Output pixel j lies at ``(j + offset + 0.5) * length / resize - 0.5`` in the frame, cell i at
+    ``min(i * cell + cell // 2, length - 1)``; linear in between and constant beyond the ends. With 1 px cells this is
+    ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``.
+    """
+    n = len(offset)
+    if count == 1:
+        return torch.ones((n, size, 1))
+    at = torch.clamp(torch.arange(count) * cell + cell // 2, max=length - 1).double()
+    wanted = (torch.arange(size) + offset[:, None] + 0.5) * (length / resize[:, None].double()) - 0.5
+    right = torch.searchsorted(at, wanted.contiguous()).clamp(1, count - 1)
+    share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    weights = torch.zeros((n, size, count), dtype=torch.float64)
+    weights.scatter_(2, right[..., None], share[..., None])
+    weights.scatter_(2, right[..., None] - 1, 1 - share[..., None])
+    return weights.float()
