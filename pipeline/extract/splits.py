@@ -1,7 +1,7 @@
 """Labels, groups and splits of videos: UCF101's lists, or a table, brought together by id.
 
-Everything works on a *labels table*: ``id``, ``label``, ``group`` and one ``split_<name>`` for each split, all
-nullable strings, sorted by id. Sources about to be extracted and videos already in a store share this code.
+Everything works on a *labels table*: ``id``, ``label``, ``group`` and one ``split_<name>`` for each split,
+all nullable strings, sorted by id. Sources about to be extracted and videos in a store share this code.
 """
 
 import os
@@ -48,7 +48,7 @@ class ListedVideo:
 class Labelling:
     """A labels table brought up to date, its classes in order, and what did not find a partner.
 
-    ``absent``: videos that are listed and not in the table; ``unlisted``: ids in the table that no list mentions.
+    ``absent``: videos that are listed and not in the table; ``unlisted``: ids of the table that no list has.
     """
 
     table: pa.Table
@@ -65,7 +65,7 @@ class Labelling:
 
 @dataclass(frozen=True)
 class Splits:
-    """UCF101-style split lists: the classes by index, and every listed video by its path without extension."""
+    """UCF101-style split lists: the classes in order, every listed video by its path without extension."""
 
     classes: tuple[str, ...]
     names: tuple[str, ...]
@@ -74,8 +74,8 @@ class Splits:
     def label(self, table: pa.Table, paths: Mapping[str, str] | None = None) -> Labelling:
         """Bring a labels table up to date. ``paths`` gives an id's relative path where the id is not one.
 
-        A video is found by its relative path without extension, or by its bare name where that is unique on both
-        sides. Labels and groups of unlisted videos stay as they are; see :func:`merge_labels`.
+        A video is found by its relative path without extension, or by its bare name where that is unique on
+        both sides. Labels and groups of unlisted videos stay as they are; see :func:`merge_labels`.
         """
         ids = table["id"].to_pylist()
         keys = {video_id: strip_extension((paths or {}).get(video_id, video_id)) for video_id in ids}
@@ -112,8 +112,8 @@ class Splits:
 def read_splits(folder: str | Path) -> Splits:
     """Read UCF101's classInd.txt, trainlist0N.txt ("Class/v_x_g01_c01.avi 1") and testlist0N.txt (no index).
 
-    Split N is named "N". SourceError, with the file and the line: a file is missing or cannot be understood, a
-    class or index that classInd.txt does not have, a video that is on both sides of a split.
+    Split N is named "N". SourceError, with the file and the line: a file is missing or cannot be understood,
+    a class or index that classInd.txt does not have, a video that is on both sides of a split.
     """
     path = os.fspath(folder)
     classes = _read_classes(os.path.join(path, "classInd.txt"))
@@ -141,7 +141,7 @@ def read_splits(folder: str | Path) -> Splits:
 def labels_table(videos: Sequence[VideoSource]) -> pa.Table:
     """The labels table of sources."""
     names = sorted({name for video in videos for name in video.splits})
-    columns = {
+    columns: dict[str, list[str | None]] = {
         "id": [video.id for video in videos],
         "label": [video.label for video in videos],
         "group": [video.group for video in videos],
@@ -151,7 +151,7 @@ def labels_table(videos: Sequence[VideoSource]) -> pa.Table:
 
 
 def read_labels_csv(file: str | Path) -> pa.Table:
-    """The labels table of a CSV (or Parquet) file: ``id`` (or ``path``, as a list of sources) and what it names.
+    """The labels table of a CSV or Parquet file: its ids (or those of its paths) and the columns it names.
 
     Columns that the file does not have are not in the result. SourceError as for lists of sources.
     """
@@ -225,11 +225,11 @@ def _read_classes(path: str) -> dict[int, str]:
 
 
 def _read_list(path: str, classes: Mapping[int, str]) -> Iterator[tuple[str, str, str]]:
-    """(path without extension, class name, where) of each line, the class checked against index and folder."""
+    """(path without extension, class name, where) of each line; the class agrees with index and folder."""
     names = set(classes.values())
     for where, line in _lines(path):
         listed, index = _LIST_LINE.fullmatch(line).groups()  # type: ignore[union-attr]  # a line is never empty
-        listed = posixpath.normpath(listed.replace("\\", "/"))
+        listed = posixpath.normpath(listed)
         folder = posixpath.basename(posixpath.dirname(listed))
         if index is not None and int(index) not in classes:
             raise SourceError(f"{where}: {line!r} has the label {index}, which classInd.txt does not have")
@@ -281,7 +281,7 @@ def _with_labels(video: VideoSource, row: Mapping[str, str | None]) -> VideoSour
 
 
 def _listed_table(found: Sequence[tuple[str, ListedVideo]], names: Sequence[str]) -> pa.Table:
-    columns = {
+    columns: dict[str, list[str | None]] = {
         "id": [video_id for video_id, _ in found],
         "label": [video.label for _, video in found],
         "group": [video.group for _, video in found],

@@ -26,7 +26,7 @@ _RESIDENT_SHARE = 0.5
 _READ_VIDEOS = 128
 
 
-def train_indices(frames: npt.ArrayLike, segments: int, rng: np.random.Generator) -> Ints:
+def random_indices(frames: npt.ArrayLike, segments: int, rng: np.random.Generator) -> Ints:
     """One random row in each of ``segments`` equal parts of each clip, the first frame left out: (n, segments).
 
     TSN's sampling as CoViAR and MoCLIP-Lite do it for motion. Clips shorter than the segments repeat rows.
@@ -37,7 +37,7 @@ def train_indices(frames: npt.ArrayLike, segments: int, rng: np.random.Generator
     return np.clip(rng.integers(low, high) + 1, 0, count - 1)
 
 
-def test_indices(frames: npt.ArrayLike, segments: int) -> Ints:
+def middle_indices(frames: npt.ArrayLike, segments: int) -> Ints:
     """The middle row of each of ``segments`` equal parts of each clip: (n, segments).
 
     ``round((frames - 1) / segments * (segment + 0.5)) + 1``, kept inside the clip.
@@ -45,9 +45,6 @@ def test_indices(frames: npt.ArrayLike, segments: int) -> Ints:
     count = np.asarray(frames, np.int64)[:, None]
     middle = np.rint((count - 1) / segments * (np.arange(segments) + 0.5)).astype(np.int64)
     return np.clip(middle + 1, 0, count - 1)
-
-
-test_indices.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
 
 
 @dataclass(frozen=True)

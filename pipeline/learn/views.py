@@ -63,7 +63,7 @@ def random_views(n: int, size: int, rng: np.random.Generator) -> Views:
     return Views(*(torch.from_numpy(values) for values in (resize, left, top, mirror)))
 
 
-def test_views(n: int, size: int, crops: int = 1) -> Views:
+def fixed_views(n: int, size: int, crops: int = 1) -> Views:
     """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of each."""
     resize = size * _TEST_SIZE // _BASE
     edge = resize - size
@@ -73,9 +73,6 @@ def test_views(n: int, size: int, crops: int = 1) -> Views:
     views = [(x, y, mirror) for mirror in ((False, True) if crops == 10 else (False,)) for x, y in boxes]
     left, top, mirrors = (torch.tensor(column).repeat(n) for column in zip(*views, strict=True))
     return Views(torch.full((n * crops,), resize), left, top, mirrors)
-
-
-test_views.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect
 
 
 def quantise(pixels: torch.Tensor) -> torch.Tensor:

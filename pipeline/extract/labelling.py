@@ -1,0 +1,69 @@
+"""Labels, groups and splits of a store: set for new videos by an extraction, changed at will without one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moclip.pipeline.extract.sources import class_order
+from moclip.pipeline.extract.splits import (
+    Labelling,
+    label_from_table,
+    labels_table,
+    merge_labels,
+    read_labels_csv,
+    read_splits,
+)
+from moclip.pipeline.extract.sources import VideoSource
+from moclip.store import open_store, write_labels
+
+
+def label_store(store: Path, *, splits: Path | None = None, csv: Path | None = None) -> Labelling:
+    """Change a store's labels from UCF101-style split lists or from a table; extracted features stay as they are."""
+    opened = open_store(store)
+    table = _extended(opened.labels, opened.videos.select(["id"]))
+    if splits is not None:
+        paths = zip(opened.videos["id"].to_pylist(), opened.videos["path"].to_pylist(), strict=True)
+        labelling = read_splits(splits).label(table, {key: path for key, path in paths if path})
+    elif csv is not None:
+        labelling = label_from_table(table, read_labels_csv(csv), opened.classes)
+    else:
+        raise ValueError("label_store needs splits or csv")
+    write_labels(store, labelling.table, list(labelling.classes))
+    return labelling
+
+
+def label_new(store: Path, sources: Sequence[VideoSource], classes: Sequence[str], explicit: bool) -> None:
+    """Give the sources' labels to a store.
+
+    What the store already says of a video stays, since `moclip label` may have said it; unless the labels were
+    named ``explicit``-ly for this run.
+    """
+    opened = open_store(store)
+    there, new = opened.labels, labels_table(sources)
+    mine = pc.is_in(there["id"], value_set=new["id"].combine_chunks())
+    others, known = there.filter(pc.invert(mine)), _extended(there.filter(mine), new.select(["id"]))
+    merged = merge_labels(known, new) if explicit else _filled_from(known, new)
+    table = pa.concat_tables([others, merged], promote_options="default").sort_by("id")
+    order = [*opened.classes, *classes] if not explicit else [*classes, *opened.classes]
+    labels = table["label"].to_pylist()
+    first = [name for name in dict.fromkeys(order) if name in set(labels) or name in classes]
+    write_labels(store, table, list(class_order(labels, first)))
+
+
+def _filled_from(known: pa.Table, new: pa.Table) -> pa.Table:
+    """``known`` with its empty cells filled from ``new``; both have the same ids, in order."""
+    for name in new.column_names[1:]:
+        if name in known.column_names:
+            at = known.column_names.index(name)
+            known = known.set_column(at, name, pc.coalesce(known[name], new[name]))
+        else:
+            known = known.append_column(name, new[name])
+    return known
+
+
+def _extended(labels: pa.Table, ids: pa.Table) -> pa.Table:
+    """``labels`` with a row, empty so far, for each of ``ids`` that it lacks."""
+    missing = ids.filter(pc.invert(pc.is_in(ids["id"], value_set=labels["id"].combine_chunks())))
+    return pa.concat_tables([labels, missing], promote_options="default").sort_by("id")

@@ -1,0 +1,115 @@
+"""How good scores are: the numbers of an evaluation and the predictions behind them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+
+from moclip.errors import RunError
+from moclip.pipeline.learn.splits import Clips, Split
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How many clips of one class were tested, and the share that was right (None without clips)."""
+
+    n: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Accuracies are shares in [0, 1]. ``confusion[i][j]`` counts clips of class i called class j.
+
+    ``mean_class_accuracy`` averages over the classes with clips, ``top5`` is top-k with k = min(5, classes).
+    ``missing`` counts labelled clips without the features, by reason; they are in none of the numbers.
+    """
+
+    split: str
+    protocol: str
+    clips: int
+    top1: float
+    top5: float
+    mean_class_accuracy: float
+    per_class: Mapping[str, ClassScore]
+    confusion: tuple[tuple[int, ...], ...]
+    missing: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, and a table of id, label, predicted and scores (softmax, one a class of the run, in its order)."""
+
+    metrics: Metrics
+    predictions: pa.Table
+
+
+def score(
+    logits: torch.Tensor,
+    clips: Clips,
+    classes: Sequence[str],
+    *,
+    split: str,
+    protocol: str,
+    missing: Mapping[str, int],
+) -> Evaluation:
+    """Logits (n, classes) of ``clips``, whose targets are positions in ``classes``, as an evaluation."""
+    logits, targets = logits.detach().float().cpu(), torch.from_numpy(clips.targets)
+    count = len(classes)
+    confusion = _confusion(logits, targets, count)
+    tested = confusion.sum(1)
+    accuracy = confusion.diagonal() / tested.clamp(min=1)
+    predicted = logits.argmax(1).tolist()
+    metrics = Metrics(
+        split=split,
+        protocol=protocol,
+        clips=len(clips),
+        top1=_top_k(logits, targets, 1),
+        top5=_top_k(logits, targets, min(5, count)),
+        mean_class_accuracy=float(accuracy[tested > 0].mean()),
+        per_class={
+            name: ClassScore(int(n), float(share) if n else None)
+            for name, n, share in zip(classes, tested, accuracy, strict=True)
+        },
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+        missing=missing,
+    )
+    table = pa.table(
+        {
+            "id": pa.array(clips.ids, pa.string()),
+            "label": pa.array([classes[t] for t in clips.targets], pa.string()),
+            "predicted": pa.array([classes[p] for p in predicted], pa.string()),
+            "scores": _lists(logits.softmax(1)),
+        }
+    )
+    return Evaluation(metrics, table)
+
+
+def by_name(split: Split, classes: Sequence[str]) -> Clips:
+    """The test clips of ``split`` with targets as positions in a run's ``classes``, matched by name."""
+    unknown = sorted(set(split.classes) - set(classes))
+    if unknown:
+        raise RunError(f"the run knows no class {', '.join(unknown)}; its classes are: {', '.join(classes)}")
+    position = np.array([list(classes).index(name) for name in split.classes], np.int64)
+    return Clips(split.test.ids, position[split.test.targets])
+
+
+def _top_k(logits: torch.Tensor, targets: torch.Tensor, k: int) -> float:
+    if k >= logits.shape[1]:  # every class is among the first k
+        return 1.0
+    right = multiclass_accuracy(logits, targets, num_classes=logits.shape[1], top_k=k, average="micro")
+    return float(right)
+
+
+def _confusion(logits: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+    if count == 1:  # torchmetrics asks for two classes
+        return torch.tensor([[len(targets)]])
+    return multiclass_confusion_matrix(logits, targets, num_classes=count)
+
+
+def _lists(rows: torch.Tensor) -> pa.Array:
+    offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1])
+    return pa.ListArray.from_arrays(offsets, pa.array(rows.numpy().ravel(), pa.float32()))
