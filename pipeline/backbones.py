@@ -1,8 +1,8 @@
 """Frozen image encoders under their library's names, with their library's own preprocessing.
 
-``open_clip:<model>/<weights>`` is a CLIP-like model with an image and a text side, ``timm:<model>`` an image backbone
-whose pooled features are the embedding. Weights come by name through the library, or from a file. torch, timm and
-open_clip take seconds to import, so they are imported where they are used.
+``open_clip:<model>/<weights>`` is a CLIP-like model with an image and a text side, ``timm:<model>`` an
+image backbone whose pooled features are the embedding. Weights come by name through the library, or from a
+file. torch, timm and open_clip take seconds to import, so they are imported where they are used.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ _HUB_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Which encoder: ``open_clip:<model>/<weights>`` or ``timm:<model>``, and a file that replaces its weights.
+    """Which encoder: ``open_clip:<model>/<weights>`` or ``timm:<model>``, and a file that replaces its
+    weights.
 
     With a file, open_clip's weights name may be left out; it then only chooses the preprocessing.
     """
@@ -86,7 +87,9 @@ class Encoder:
         return _rows(rows)
 
     def encode_text(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Texts to embeddings (n, dim), not normalised. :class:`EncoderError` if the encoder has no text side."""
+        """Texts to embeddings (n, dim), not normalised. :class:`EncoderError` if the encoder has no text
+        side.
+        """
         import torch
 
         if self._tokenizer is None:
@@ -115,7 +118,9 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a library gives for a name: the model, its transform, the transform in JSON, a tokenizer or None."""
+    """What a library gives for a name: the model, its transform, the transform in JSON, a tokenizer or
+    None.
+    """
 
     model: Any
     transform: Callable[[Any], "torch.Tensor"]
@@ -124,7 +129,9 @@ class _Parts:
 
 
 def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
-    """Build an encoder. :class:`EncoderError`, in one line, if it is unknown or its weights are out of reach."""
+    """Build an encoder. :class:`EncoderError`, in one line, if it is unknown or its weights are out of
+    reach.
+    """
     import torch
 
     parts = _BUILDERS[config.library](config)
@@ -149,7 +156,8 @@ def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
 def timm_backbone(model: str, weights: str | None = None, *, pretrained: bool = True) -> Any:
     """A timm model without its classifier: images to pooled features, ``num_features`` long.
 
-    Its weights are those of the file ``weights``, else timm's own by name, else (``pretrained=False``) random.
+    Its weights are those of the file ``weights``, else timm's own by name, else (``pretrained=False``)
+    random.
     """
     import timm
 
@@ -219,8 +227,9 @@ def _build_timm(config: EncoderConfig) -> _Parts:
     import timm
 
     model = timm_backbone(config.model, config.weights)
-    data = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**data, is_training=False)
+    library: Any = timm.data
+    data = library.resolve_model_data_config(model)
+    transform = library.create_transform(**data, is_training=False)
     return _Parts(model, transform, {"library": "timm", **_plain(data)})
 
 
@@ -237,7 +246,9 @@ def _build_open_clip(config: EncoderConfig) -> _Parts:
     weights = get_pretrained_cfg(name, tag) if tag else {}
     if config.weights is None and not weights:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise EncoderError(f"open_clip has no weights {tag!r} for {name}; it has: {tags}; or give --weights FILE")
+        raise EncoderError(
+            f"open_clip has no weights {tag!r} for {name}; it has: {tags}; or give --weights FILE"
+        )
     if weights.get("quick_gelu", tag == "openai") and not architecture.get("quick_gelu", False):
         log.warning(
             "%s: these weights were trained with QuickGELU and %s computes GELU; use %s-quickgelu/%s",
@@ -280,7 +291,8 @@ def _load_strictly(model: Any, state: Mapping[str, "torch.Tensor"], file: str) -
 
 @contextmanager
 def _reaching(name: str) -> Iterator[None]:
-    """Let a library fetch weights, from its cache alone where the hub does not answer, and say so if it fails.
+    """Let a library fetch weights, from its cache alone where the hub does not answer, and say so if it
+    fails.
 
     The hub's client retries for most of a minute before it gives up; one short question is enough to know.
     """

@@ -1,6 +1,7 @@
 """The feature store, format 1: bytes in, bytes out. Knows neither torch nor av nor dask."""
 
 from moclip.store.arrays import limit_threads
+from moclip.store.describe import FeatureInfo, StoreInfo, describe, failed_entries
 from moclip.store.reader import Store, open_store
 from moclip.store.receipts import Entry, Receipt, fold, list_receipts, write_receipt
 from moclip.store.schema import FORMAT, FeatureSpec, SourceFacts
@@ -10,13 +11,17 @@ from moclip.store.writer import ShardWriter
 __all__ = [
     "FORMAT",
     "Entry",
+    "FeatureInfo",
     "FeatureSpec",
     "Receipt",
     "ShardWriter",
     "SourceFacts",
     "Store",
+    "StoreInfo",
     "add_feature",
     "create_store",
+    "describe",
+    "failed_entries",
     "fold",
     "limit_threads",
     "list_receipts",

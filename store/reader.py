@@ -16,6 +16,7 @@ import tensorstore as ts
 from moclip.errors import FeatureError, StoreFormatError
 from moclip.store.arrays import open_array, read_rows, result
 from moclip.store.files import check_name
+from moclip.store.schema import FeatureSpec
 from moclip.store.tables import check_format, read_feature, read_table
 from moclip.store.writer import VALUE
 
@@ -73,7 +74,7 @@ class Store:
         return classes
 
     @cached_property
-    def features(self) -> "dict[str, Any]":
+    def features(self) -> dict[str, FeatureSpec]:
         """The specification (:class:`FeatureSpec`) of each feature, by name."""
         folders = sorted(path.parent for path in self.path.glob("features/*/zarr.json"))
         return {check_name(folder.name, "a feature"): read_feature(folder) for folder in folders}
@@ -128,6 +129,8 @@ class Store:
         groups = self.gather_groups(feature, videos, frames, column)
         if len(groups) == 1:
             return groups[0][1]
+        if not groups:
+            return np.empty(0, self._dtype(self.resolve(feature), column))
         shapes = ", ".join(str(rows.shape[1:]) for _, rows in groups)
         raise FeatureError(f"rows of {feature} have {len(groups)} shapes ({shapes}); use gather_groups")
 
@@ -164,6 +167,12 @@ class Store:
             self._features[name] = _Feature(self.path, name, self.entries)
         return self._features[name]
 
+    def _dtype(self, feature: str, column: str) -> str:
+        spec = self.features[feature]
+        if column != VALUE and column not in spec.columns:
+            raise FeatureError(f"{feature} has no column {column!r}; it has: {', '.join(spec.columns)}")
+        return spec.dtype if column == VALUE else spec.columns[column]
+
     def _array(self, table: "_Feature", code: int, column: str) -> ts.TensorStore:
         if os.getpid() != self._pid:
             # tensorstore's threads do not survive a fork: a read would hang or abort the process.
@@ -171,12 +180,8 @@ class Store:
                 "this store was opened before a fork; start the process with 'spawn' or 'forkserver', "
                 "or open the store in it"
             )
-        spec = self.features[table.name]
-        if column != VALUE and column not in spec.columns:
-            raise FeatureError(f"{table.name} has no column {column!r}; it has: {', '.join(spec.columns)}")
         if (code, column) not in table.arrays:
-            dtype = spec.dtype if column == VALUE else spec.columns[column]
-            array = open_array(table.path(code, column), dtype)
+            array = open_array(table.path(code, column), self._dtype(table.name, column))
             needed = table.last_row(code)
             if array.ndim < 1 or array.shape[0] < needed:
                 raise StoreFormatError(

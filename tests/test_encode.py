@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 import videos
+from av.video.frame import PictureType
 
 from moclip.pipeline.extract.encode import write_video
 
@@ -44,7 +45,7 @@ def test_pixels_survive(tmp_path: Path) -> None:
 
 def test_options_reach_the_encoder(tmp_path: Path) -> None:
     path = videos.make_clip(tmp_path / "clip.mp4", codec="libx264", frames=24, gop=8, bframes=2)
-    types = [frame.pict_type.name for frame in decoded(path)]
+    types = [PictureType(frame.pict_type).name for frame in decoded(path)]
     assert types.count("I") == 3
     assert "B" in types
     with pytest.raises(TypeError):
@@ -73,7 +74,7 @@ class TestBadVideos:
 
     @pytest.mark.parametrize("maker", [videos.zero_bytes, videos.text_file, videos.truncated_mp4])
     def test_nothing_opens(self, tmp_path: Path, maker: object) -> None:
-        with pytest.raises((av.FFmpegError, IndexError)):
+        with pytest.raises((av.FFmpegError, OSError)):  # OSError: seeking in zero bytes
             decoded(maker(tmp_path / "bad.mp4"))  # type: ignore[operator]
 
     def test_audio_only_has_no_picture(self, tmp_path: Path) -> None:

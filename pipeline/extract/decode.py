@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from moclip.errors import VideoError
 from moclip.pipeline.extract.motion import Accumulator, Grid, paint_motion
-from moclip.pipeline.extract.reencode import SIZE, Reencoder
+from moclip.pipeline.extract.reencode import Reencoder
 from moclip.pipeline.extract.sampling import FramePolicy
 
 #: Rows leave in blocks, so that a film's motion never sits in memory whole.
@@ -22,6 +22,8 @@ _SIGNATURES = {
     0: (b"RIFF", b"\x1aE\xdf\xa3", b"\x00\x00\x01", b"OggS", b"FLV", b"0&\xb2u"),
     4: (b"ftyp", b"moov", b"mdat"),
 }
+#: Formats that only name other files. A video's features must come from the video itself.
+_SCRIPTS = {"concat", "dash", "hls", "imf", "sdp"}
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,13 @@ class _Reader:
     @contextmanager
     def _stream(self) -> Iterator[tuple[Any, Any]]:
         try:
-            # Only this file: a playlist or script that calls itself a video must not open others.
+            # Only local files: a script that calls itself a video must not reach the network.
             container = av.open(self._path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
         except av.error.FFmpegError as error:
             raise _open_error(self._path, error) from error
         with container:
+            if _SCRIPTS & set(container.format.name.split(",")):
+                raise VideoError("not_video", f"it is a script of other files ({container.format.name})")
             if not container.streams.video:
                 raise VideoError("no_video_stream", f"{_kinds(container)}, and no video")
             stream = container.streams.video[0]
@@ -308,7 +312,3 @@ def file_size(path: str) -> int | None:
         return os.stat(path).st_size
     except OSError:
         return None
-
-
-#: The frame size of ``--motion mpeg4``, (width, height) in pixels.
-MPEG4_SIZE = SIZE

@@ -6,7 +6,8 @@ from typing import Literal
 
 from moclip.errors import SourceError
 from moclip.pipeline.backbones import EncoderConfig, load_encoder
-from moclip.pipeline.extract.decode import MPEG4_SIZE, DecodeConfig
+from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.reencode import SIZE
 from moclip.pipeline.extract.sampling import FramePolicy
 from moclip.store import FeatureSpec
 
@@ -106,7 +107,7 @@ def motion_spec(kind: str, motion: MotionSource, cell: int) -> FeatureSpec:
             "version": 1,
             "motion": motion,
             "cell": cell,
-            "size": list(MPEG4_SIZE) if motion == "mpeg4" else None,
+            "size": list(SIZE) if motion == "mpeg4" else None,
             **({"window": WINDOW} if accumulated else {}),
         },
         columns={"pts_seconds": "float64", "picture_type": "uint8"},

@@ -3,6 +3,8 @@
 import itertools
 import logging
 import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,6 +203,7 @@ def _client(prepared: Prepared) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
+    _quieten("distributed")
     if prepared.job.scheduler:
         try:
             client = Client(prepared.job.scheduler, timeout="20s")
@@ -215,19 +218,38 @@ def _client(prepared: Prepared) -> Iterator[Any]:
         "distributed.comm.timeouts.connect": "30s",
     }
     environment = dict.fromkeys(_THREAD_VARIABLES, str(prepared.config.threads))
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=min(prepared.workers, len(prepared.plan.tasks)),
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-            env=environment,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set(settings):
+        with _without_interrupts():
+            cluster = LocalCluster(
+                n_workers=min(prepared.workers, len(prepared.plan.tasks)),
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address=None,
+                silence_logs=False,
+                env=environment,
+            )
+        with cluster, Client(cluster) as client:
+            yield client
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started in here ignore Ctrl-C, which a terminal sends to all: only the coordinator acts on it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _quieten(library: str) -> None:
+    """What goes wrong with a worker shows as a failed entry or as our own error, not as the library's tracebacks."""
+    for name in [library, *logging.root.manager.loggerDict]:
+        if name.split(".")[0] == library:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _summary(prepared: Prepared, totals: _Totals) -> Summary:

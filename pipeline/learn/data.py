@@ -27,7 +27,8 @@ _READ_VIDEOS = 128
 
 
 def random_indices(frames: npt.ArrayLike, segments: int, rng: np.random.Generator) -> Ints:
-    """One random row in each of ``segments`` equal parts of each clip, the first frame left out: (n, segments).
+    """One random row in each of ``segments`` equal parts of each clip, the first frame left out: (n,
+    segments).
 
     TSN's sampling as CoViAR and MoCLIP-Lite do it for motion. Clips shorter than the segments repeat rows.
     """
@@ -49,7 +50,9 @@ def middle_indices(frames: npt.ArrayLike, segments: int) -> Ints:
 
 @dataclass(frozen=True)
 class _Block:
-    """All rows of the videos of one geometry, (rows, 2, gh, gw) int16, or None where they stay in the store."""
+    """All rows of the videos of one geometry, (rows, 2, gh, gw) int16, or None where they stay in the
+    store.
+    """
 
     geometry: Geometry
     rows: torch.Tensor | None
@@ -84,9 +87,17 @@ class Motion:
         log.info("%s: %.2f GB, %s", self.feature, needed / 1e9, device if self.resident else "read as needed")
 
     def before_i_frames(self, videos: Ints, frames: Ints) -> Ints:
-        """Frame numbers (n, segments) with every I-frame, which has no motion, replaced by the frame before it."""
+        """Frame numbers (n, segments) with every I-frame, which has no motion, replaced by the frame before
+        it.
+        """
         is_i = self._is_i[self._start[videos][:, None] + frames]
         return np.where(is_i & (frames > 0), frames - 1, frames)
+
+    def seconds(self, videos: Ints, frames: Ints) -> npt.NDArray[np.float64]:
+        """When the frames (n, segments) are shown, in seconds."""
+        names = np.repeat(self.ids[videos], frames.shape[1])
+        shown = self.store.gather(self.feature, names, frames.ravel(), "pts_seconds")
+        return shown.reshape(frames.shape)
 
     def fetch(self, videos: Ints, frames: Ints) -> list[tuple[Ints, torch.Tensor, Geometry]]:
         """Rows of ``frames`` (n, segments) of ``videos`` (positions, n), a list with one item a geometry.
@@ -106,7 +117,9 @@ class Motion:
             parts.append((mine, rows.view(len(mine), frames.shape[1], *rows.shape[1:]), block.geometry))
         return parts
 
-    def prepared(self, parts: list[tuple[Ints, torch.Tensor, Geometry]], views: Views, size: int) -> torch.Tensor:
+    def prepared(
+        self, parts: list[tuple[Ints, torch.Tensor, Geometry]], views: Views, size: int
+    ) -> torch.Tensor:
         """Fetched grids as network input: (n, segments, 2, size, size) float32, clip i under view i."""
         out = None
         for mine, grids, geometry in parts:

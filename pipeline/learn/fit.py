@@ -51,11 +51,12 @@ def fit(
     keep: Callable[[State], None],
     on_epoch: OnEpoch,
 ) -> Fitted:
-    """Train by cross-entropy, and end with the epoch that does best on ``val``, or with the last one without it.
+    """Train by cross-entropy, and end with the epoch that does best on ``val``, or with the last one
+    without it.
 
     ``train(epoch)`` and ``val()`` give batches. The learning rate is divided by ten after each epoch count of
-    ``milestones``. ``keep`` gets every state that beats those before it, so a training that breaks off has left
-    its last good one. :class:`RunError` at the first loss that is not a number.
+    ``milestones``. ``keep`` gets every state that beats those before it, so a training that breaks off has
+    left its last good one. :class:`RunError` at the first loss that is not a number.
     """
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma=0.1)
     history: list[EpochRow] = []
@@ -71,7 +72,9 @@ def fit(
             value = float(loss.detach())
             if not math.isfinite(value):
                 good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
-                raise RunError(f"the loss is {value} at epoch {epoch}, batch {number}; {good}; lower the lr ({lr:g})")
+                raise RunError(
+                    f"the loss is {value} at epoch {epoch}, batch {number}; {good}; lower the lr ({lr:g})"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

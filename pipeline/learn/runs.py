@@ -1,12 +1,12 @@
 """A run directory: what was trained, from what, how it went and how good it is.
 
-    RUN/config.json            kind, classes, split, features' specifications, the training's configuration
-    RUN/model.safetensors      the weights of the best epoch so far
-    RUN/history.csv            one row an epoch
-    RUN/features.zarr          pooled motion features (kind tsn), a feature store
-    RUN/predictions.parquet    the test clips: id, label, predicted, scores
-    RUN/metrics.json           written last: a run without it is unfinished
-    RUN/evaluations/           what later evaluations found
+RUN/config.json            kind, classes, split, features' specifications, the training's configuration
+RUN/model.safetensors      the weights of the best epoch so far
+RUN/history.csv            one row an epoch
+RUN/features.zarr          pooled motion features (kind tsn), a feature store
+RUN/predictions.parquet    the test clips: id, label, predicted, scores
+RUN/metrics.json           written last: a run without it is unfinished
+RUN/evaluations/           what later evaluations found
 """
 
 import csv
@@ -64,7 +64,9 @@ class Run:
         try:
             return dict(load_file(self.path / "model.safetensors"))
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.path}/model.safetensors cannot be read ({error}); train the run again") from error
+            raise RunError(
+                f"{self.path}/model.safetensors cannot be read ({error}); train the run again"
+            ) from error
 
     @property
     def finished(self) -> bool:
@@ -75,7 +77,9 @@ class Run:
         for name, trained in self.features.items():
             found = store.features.get(name)
             if found is None or found.digest != trained.digest:
-                what = "has no such feature" if found is None else "holds another specification under that name"
+                what = (
+                    "has no such feature" if found is None else "holds another specification under that name"
+                )
                 raise RunError(
                     f"{self.path} was trained on {name} ({trained.digest}), but {store.path} {what}; "
                     "extract it as it was, or train on this store"
@@ -83,7 +87,7 @@ class Run:
 
 
 def load_run(path: str | Path, *, kind: str | None = None) -> Run:
-    """Read a run's configuration. :class:`RunError` if it is no run, of a newer format, or not of ``kind``."""
+    """Read a run's configuration. :class:`RunError` if it is no run, too new, or not of ``kind``."""
     path = Path(path)
     if not path.is_dir():
         raise RunError(f"no run at {path}; `moclip train tsn|fusion|probe STORE --out RUN` makes one")
@@ -101,7 +105,9 @@ def load_run(path: str | Path, *, kind: str | None = None) -> Run:
             config=dict(data["config"]),
         )
     except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is not a moclip run: its config.json is missing or incomplete ({error!r})") from error
+        raise RunError(
+            f"{path} is not a moclip run: its config.json is missing or incomplete ({error!r})"
+        ) from error
     except json.JSONDecodeError as error:
         raise RunError(f"{path}/config.json is not JSON ({error}); train the run again") from error
     if run.kind not in KINDS or (kind is not None and run.kind != kind):

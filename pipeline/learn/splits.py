@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from moclip.errors import RunError
 from moclip.store import Store
 
 log = logging.getLogger(__name__)
 
-#: The hold-out depends on the split alone, never on a training's seed: every run on a split selects on the same clips.
+#: The hold-out depends on the split alone, never on a training's seed: every run on a split selects on the
+#: same clips.
 _HOLD_OUT_SEED = 2024
 
 
@@ -73,9 +75,9 @@ class Split:
 def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction: float = 0.15) -> Split:
     """The clips of ``split_<name>`` that have rows of all ``features``.
 
-    The part to select on is ``val``, where the table names one, else ``val_fraction`` of train in whole groups (a
-    clip without a group is one of its own); 0 holds nothing out. :class:`RunError` if the split, its train or
-    test side, or a class's training clips are not there.
+    The part to select on is ``val``, where the table names one, else ``val_fraction`` of train in whole
+    groups (a clip without a group is one of its own); 0 holds nothing out. :class:`RunError` if the split,
+    its train or test side, or a class's training clips are not there.
     """
     table = split_table(store, name)
     labels, classes = _classes(store, table)
@@ -96,18 +98,44 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     return Split(name, tuple(classes), sides["train"], sides["val"], sides["test"], missing, digest)
 
 
+def read_labelled(
+    store: Store, split: str | None, *, feature: str
+) -> tuple[Clips, tuple[str, ...], dict[str, int]]:
+    """The test clips of a split, or every labelled clip, with rows of ``feature``; the classes; who is
+    missing.
+    """
+    table = store.labels if split is None else split_table(store, split)
+    if split is not None:
+        table = table.filter(pc.equal(table["part"], "test"))
+    table = table.filter(table["label"].is_valid())
+    if not len(table):
+        raise RunError(
+            f"{store.path} has no labelled clip to test; label it with `moclip label STORE --csv FILE`"
+        )
+    targets, classes = _classes(store, table if split is None else split_table(store, split))
+    if split is not None:
+        position = {name: i for i, name in enumerate(classes)}
+        targets = np.array([position[label] for label in table["label"].to_pylist()], np.int64)
+    ids = table["id"].to_pylist()
+    there = set(store.ids(feature))
+    missing = _report_missing(store, [feature], [video for video in ids if video not in there])
+    return Clips(tuple(ids), targets).only(there), tuple(classes), missing
+
+
 def split_table(store: Store, name: str) -> pa.Table:
     """The labelled rows of a split: id, label, group, part. :class:`RunError` lists the splits there are."""
     columns = [column for column in store.labels.column_names if column.startswith("split_")]
     if not len(store.labels) or not columns:
         what = "labels" if not len(store.labels) else "splits"
-        raise RunError(f"{store.path} has no {what}; add them with `moclip label STORE --splits DIR | --csv FILE`")
+        raise RunError(
+            f"{store.path} has no {what}; add them with `moclip label STORE --splits DIR | --csv FILE`"
+        )
     if f"split_{name}" not in columns:
         there = ", ".join(column.removeprefix("split_") for column in columns)
         raise RunError(f"{store.path} has no split {name!r}; it has: {there}")
     table = store.labels.select(["id", "label", "group", f"split_{name}"])
     table = table.rename_columns(["id", "label", "group", "part"])
-    return table.filter(pa.compute.and_(table["label"].is_valid(), table["part"].is_valid()))
+    return table.filter(pc.and_(table["label"].is_valid(), table["part"].is_valid()))
 
 
 def _classes(store: Store, table: pa.Table) -> tuple[npt.NDArray[np.int64], list[str]]:
@@ -125,7 +153,9 @@ def _classes(store: Store, table: pa.Table) -> tuple[npt.NDArray[np.int64], list
 def _hold_out(
     table: pa.Table, labels: npt.NDArray[np.int64], train: npt.NDArray[np.bool_], fraction: float
 ) -> npt.NDArray[np.bool_]:
-    """Which training clips to select on: whole groups, about ``fraction`` of each class, never all of a class."""
+    """Which training clips to select on: whole groups, about ``fraction`` of each class, never all of a
+    class.
+    """
     own = [group if group is not None else f"\0{video}" for group, video in
            zip(table["group"].to_pylist(), table["id"].to_pylist(), strict=True)]  # fmt: skip
     names, group = np.unique(np.asarray(own, str)[train], return_inverse=True)
@@ -155,9 +185,9 @@ def _report_missing(store: Store, features: Sequence[str], ids: list[str]) -> di
         return {}
     wanted = {store.resolve(feature) for feature in features}
     failed = store.entries.filter(
-        pa.compute.and_(
-            pa.compute.is_in(store.entries["feature"], pa.array(sorted(wanted), pa.string())),
-            pa.compute.not_equal(store.entries["status"], "ok"),
+        pc.and_(
+            pc.is_in(store.entries["feature"], pa.array(sorted(wanted), pa.string())),
+            pc.not_equal(store.entries["status"], "ok"),
         )
     )
     reasons = dict(zip(failed["id"].to_pylist(), failed["reason"].to_pylist(), strict=True))

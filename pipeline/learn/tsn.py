@@ -1,6 +1,7 @@
 """MV-TSN: an image backbone that reads motion vectors (MoCLIP-Lite, arXiv 2509.17084, after CoViAR and TSN).
 
-Accumulated motion vectors of a few segments of a clip go through one network; the segments' logits are averaged.
+Accumulated motion vectors of a few segments of a clip go through one network; the segments' logits are
+averaged.
 """
 
 import logging
@@ -14,41 +15,35 @@ import torch
 from torch import nn
 
 from moclip.errors import EncoderError, RunError
-from moclip.pipeline.backbones import timm_backbone
-from moclip.pipeline.learn.data import Ints, Motion, ahead, choose_device, middle_indices, random_indices, shuffled
+from moclip.pipeline.backbones import hash_weights, timm_backbone
+from moclip.pipeline.learn.data import (
+    Ints,
+    Motion,
+    ahead,
+    choose_device,
+    middle_indices,
+    random_indices,
+    shuffled,
+)
 from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
+from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, pool, write_pooled
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult
 from moclip.pipeline.learn.splits import Split, read_split
 from moclip.pipeline.learn.views import fixed_views, random_views
-from moclip.store import (
-    FeatureSpec,
-    ShardWriter,
-    SourceFacts,
-    Store,
-    add_feature,
-    create_store,
-    open_store,
-    publish,
-)
+from moclip.store import Store, open_store
 
 log = logging.getLogger(__name__)
-
-#: The pooled features that a fusion is trained on: this many test segments a clip, centre crop.
-POOLED_SEGMENTS = 25
-POOLED = "mv-tsn"
-_SHARD_VIDEOS = 2000
-#: Images in one forward pass without gradients.
-_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class TSNConfig:
     """How to train an MV-TSN.
 
-    ``weights`` initialise the backbone: None fetches ImageNet's by name, a path reads a file, ``none`` starts from
-    random numbers, and then nothing is held back by the recipe's small learning rates for pretrained layers.
-    ``val_fraction`` of train is held out to choose the epoch; with 0 the last one is taken.
+    ``weights`` initialise the backbone: None fetches ImageNet's by name, a path reads a file, ``none``
+    starts from random numbers, and then nothing is held back by the recipe's small learning rates for
+    pretrained layers. ``val_fraction`` of train is held out to choose the epoch; with 0 the last one is
+    taken.
     """
 
     split: str
@@ -60,6 +55,7 @@ class TSNConfig:
     batch: int = 24
     epochs: int = 30
     lr: float = 0.01
+    mirror: bool = True
     val_fraction: float = 0.15
     seed: int = 0
     device: str = "auto"
@@ -67,7 +63,9 @@ class TSNConfig:
     def __post_init__(self) -> None:
         library, _, model = self.backbone.partition(":")
         if library != "timm" or not model:
-            raise RunError(f"no backbone {self.backbone!r}; expected timm:<model>, such as timm:efficientnet_b0")
+            raise RunError(
+                f"no backbone {self.backbone!r}; expected timm:<model>, such as timm:efficientnet_b0"
+            )
         for name in ("input_size", "segments", "batch", "epochs", "lr"):
             if getattr(self, name) <= 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be positive")
@@ -91,14 +89,14 @@ class MotionTSN(nn.Module):
         super().__init__()
         self.data_bn = nn.BatchNorm2d(2)
         self.backbone = backbone
-        self.stem = _two_channel_stem(backbone)
+        _make_two_channel(stem_of(backbone))
         self.classifier = nn.Linear(int(getattr(backbone, "num_features", 0)), classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """(n, segments, 2, S, S) to logits (n, classes), averaged over segments."""
-        features = self.features(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+        features = self.features(clips.flatten(0, 1)).view(*clips.shape[:2], -1)
         logits: torch.Tensor = self.classifier(features.mean(1))
         return logits
 
@@ -106,3 +104,158 @@ class MotionTSN(nn.Module):
         """(n, 2, S, S) to the backbone's pooled features (n, D)."""
         pooled: torch.Tensor = self.backbone(self.data_bn(images))
         return pooled
+
+
+def stem_of(backbone: Any) -> nn.Conv2d:
+    """A timm backbone's first convolution."""
+    first = backbone.pretrained_cfg.get("first_conv")
+    stem = backbone.get_submodule(first) if isinstance(first, str) else None
+    if not isinstance(stem, nn.Conv2d):
+        raise EncoderError(
+            "this backbone has no single first convolution to feed motion into; choose another"
+        )
+    return stem
+
+
+def _make_two_channel(stem: nn.Conv2d) -> None:
+    """Both motion channels start from the mean of the three colour filters."""
+    with torch.no_grad():
+        mean = stem.weight.mean(1, keepdim=True).repeat(1, 2, 1, 1)
+    stem.weight = nn.Parameter(mean)
+    stem.in_channels = 2
+
+
+def train_tsn(
+    store_path: str | Path, out: str | Path, config: TSNConfig, *, on_epoch: OnEpoch | None = None
+) -> TrainResult:
+    """Train an MV-TSN on a store's motion, pool its features into the run, and test it (25 segments, centre).
+
+    ``out`` becomes the run. Raises :class:`RunError`, :class:`FeatureError` or :class:`EncoderError`.
+    """
+    device = choose_device(config.device)
+    store = open_store(store_path)
+    feature = store.resolve(config.feature)
+    split = read_split(store, config.split, features=[feature], val_fraction=config.val_fraction)
+    with seeded(config.seed):
+        model = MotionTSN(_backbone(config), len(split.classes)).to(device)
+        writer = RunWriter(out, "tsn", config, split, {feature: store.features[feature]})
+        motion = Motion(store, feature, split.every.ids, device)
+        batches = _Batches(motion, split, config)
+
+        def record(row: Any) -> None:
+            writer.record(row)
+            if on_epoch:
+                on_epoch(row)
+
+        fitted = fit(
+            model,
+            torch.optim.Adam(_parameter_groups(model, config), lr=config.lr, eps=1e-3, weight_decay=1e-4),
+            epochs=config.epochs,
+            milestones=config.milestones,
+            train=batches.train,
+            val=batches.val if len(split.val) else None,
+            keep=writer.keep,
+            on_epoch=record,
+        )
+    pooled = write_pooled(
+        writer.path / FEATURES,
+        model.features,
+        motion,
+        size=config.input_size,
+        weights_sha256=hash_weights(model.state_dict()),
+    )
+    logits = _classify(model, pooled[-len(split.test) :])
+    test = score(
+        logits,
+        split.test,
+        split.classes,
+        split=split.name,
+        protocol=f"{POOLED_SEGMENTS}x1",
+        missing=split.missing,
+    )
+    return writer.finish("tsn", fitted, test)
+
+
+def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: int, device: str) -> Evaluation:
+    """Test a run on the test side of a split with ``segments`` segments and 1 or 10 crops each."""
+    (feature,) = run.features
+    run.check_features(store)
+    config = TSNConfig(**run.config)
+    found = read_split(store, split, features=[feature], val_fraction=0)
+    clips = by_name(found, run.classes)
+    backbone = timm_backbone(config.backbone.partition(":")[2], pretrained=False)
+    model = MotionTSN(backbone, len(run.classes))
+    model.load_state_dict(run.weights())
+    model.eval().to(choose_device(device))
+    motion = Motion(store, feature, clips.ids, choose_device(device))
+    pooled = [rows.mean(1) for _, _, rows in pool(model.features, motion, config.input_size, segments, crops)]
+    logits = _classify(model, torch.cat(pooled))
+    protocol = f"{segments}x{crops}"
+    return score(logits, clips, run.classes, split=split, protocol=protocol, missing=found.missing)
+
+
+class _Batches:
+    """Training and validation batches; a batch is a function of seed, epoch and place alone."""
+
+    def __init__(self, motion: Motion, split: Split, config: TSNConfig) -> None:
+        self.motion, self.config = motion, config
+        self.targets = torch.from_numpy(split.every.targets).to(motion.device)
+        self.n_train, self.n_val = len(split.train), len(split.val)
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        config, motion = self.config, self.motion
+        rng = np.random.default_rng([config.seed, epoch])
+
+        def fetch(videos: Ints) -> Any:
+            frames = random_indices(motion.frames[videos], config.segments, rng)
+            views = random_views(len(videos), config.input_size, rng, mirror=config.mirror)
+            return videos, motion.fetch(videos, motion.before_i_frames(videos, frames)), views
+
+        for videos, parts, views in ahead(shuffled(self.n_train, config.batch, rng), fetch):
+            yield motion.prepared(parts, views, config.input_size), self._targets(videos)
+
+    def val(self) -> Iterator[Batch]:
+        """The held-out clips, as many test segments as in training, centre crop."""
+        config, motion = self.config, self.motion
+
+        def fetch(videos: Ints) -> Any:
+            frames = middle_indices(motion.frames[videos], config.segments)
+            return videos, motion.fetch(videos, motion.before_i_frames(videos, frames))
+
+        held_out = np.arange(self.n_train, self.n_train + self.n_val)
+        chunks = np.split(held_out, range(config.batch, self.n_val, config.batch))
+        for videos, parts in ahead(chunks, fetch):
+            views = fixed_views(len(videos), config.input_size)
+            yield motion.prepared(parts, views, config.input_size), self._targets(videos)
+
+    def _targets(self, videos: Ints) -> torch.Tensor:
+        return self.targets[torch.from_numpy(videos).to(self.targets.device)]
+
+
+def _backbone(config: TSNConfig) -> nn.Module:
+    model = config.backbone.partition(":")[2]
+    file = None if config.from_scratch else config.weights
+    try:
+        backbone: nn.Module = timm_backbone(model, file, pretrained=not config.from_scratch)
+    except EncoderError as error:
+        raise EncoderError(
+            str(error).replace("--encoder none", "--weights none to train from scratch")
+        ) from error
+    return backbone
+
+
+def _parameter_groups(model: MotionTSN, config: TSNConfig) -> list[dict[str, Any]]:
+    """The recipe's learning rates: classifier 1, stem and data BatchNorm 0.1, the rest 0.01 of ``lr``."""
+    near = [*stem_of(model.backbone).parameters(), *model.data_bn.parameters()]
+    taken = {id(p) for p in (*near, *model.classifier.parameters())}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    shares = (1.0, 1.0, 1.0) if config.from_scratch else (1.0, 0.1, 0.01)
+    groups = (list(model.classifier.parameters()), near, rest)
+    return [{"params": p, "lr": config.lr * share} for p, share in zip(groups, shares, strict=True)]
+
+
+def _classify(model: MotionTSN, pooled: torch.Tensor) -> torch.Tensor:
+    device = model.classifier.weight.device
+    with torch.inference_mode():
+        logits: torch.Tensor = model.classifier(pooled.to(device))
+    return logits

@@ -1,7 +1,7 @@
 """From a grid of displacements to a network's input: quantise, resize, crop and mirror, on the device.
 
-Everything is measured in pixels of the frame, so a grid of 8 px cells and the full field give one picture. A resize
-followed by a crop is linear in the grid: two small matrix products, one for each axis.
+Everything is measured in pixels of the frame, so a grid of 8 px cells and the full field give one picture.
+A resize followed by a crop is linear in the grid: two small matrix products, one for each axis.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if (self.gw, self.gh) != (-(-self.width // self.cell), -(-self.height // self.cell)):
-            raise ValueError(f"a {self.gw}x{self.gh} grid of {self.cell} px cells is not of {self.width}x{self.height}")
+            raise ValueError(
+                f"a {self.gw}x{self.gh} grid of {self.cell} px cells is not of {self.width}x{self.height}"
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -37,7 +39,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Views:
-    """One view a clip: squash the frame to ``resize`` x ``resize``, crop at (``left``, ``top``), perhaps mirror.
+    """One view a clip: squash the frame to ``resize`` x ``resize``, crop at (``left``, ``top``), perhaps
+    mirror.
 
     Each is a tensor of n; all segments of a clip share its view.
     """
@@ -55,16 +58,18 @@ class Views:
         return Views(self.resize[at], self.left[at], self.top[at], self.mirror[at])
 
 
-def random_views(n: int, size: int, rng: np.random.Generator) -> Views:
-    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases."""
+def random_views(n: int, size: int, rng: np.random.Generator, *, mirror: bool = True) -> Views:
+    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases or never."""
     resize = np.array([size * s // _BASE for s in _TRAIN_SIZES])[rng.integers(len(_TRAIN_SIZES), size=n)]
     left, top = (rng.integers(0, resize - size + 1) for _ in range(2))
-    mirror = rng.random(n) < 0.5
-    return Views(*(torch.from_numpy(values) for values in (resize, left, top, mirror)))
+    mirrored = (rng.random(n) < 0.5) & mirror
+    return Views(*(torch.from_numpy(values) for values in (resize, left, top, mirrored)))
 
 
 def fixed_views(n: int, size: int, crops: int = 1) -> Views:
-    """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of each."""
+    """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of
+    each.
+    """
     resize = size * _TEST_SIZE // _BASE
     edge = resize - size
     boxes = [(edge // 2, edge // 2)]
@@ -80,8 +85,11 @@ def quantise(pixels: torch.Tensor) -> torch.Tensor:
     return (torch.trunc(pixels * (127.5 / 20)) + 128).clamp_(0, 255).div_(255).sub_(0.5)
 
 
-def prepare(grids: torch.Tensor, geometry: Geometry, views: Views, size: int, scale: float = 1.0) -> torch.Tensor:
-    """Grids (n, segments, 2, gh, gw), times ``scale`` in pixels, under one view a clip: (n, segments, 2, size, size).
+def prepare(
+    grids: torch.Tensor, geometry: Geometry, views: Views, size: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Grids (n, segments, 2, gh, gw), times ``scale`` in pixels, under one view a clip: (n, segments, 2,
+    size, size).
 
     Mirroring negates x *before* it is quantised: no motion stays no motion.
     """
@@ -99,11 +107,12 @@ def prepare(grids: torch.Tensor, geometry: Geometry, views: Views, size: int, sc
 def resize_matrix(
     offset: torch.Tensor, resize: torch.Tensor, size: int, length: int, cell: int, count: int
 ) -> torch.Tensor:
-    """Weights (n, size, count) that turn ``count`` cells along an axis of ``length`` pixels into ``size`` pixels.
+    """Weights (n, size, count) that turn ``count`` cells along an axis of ``length`` pixels into ``size``
+    pixels.
 
     Output pixel j lies at ``(j + offset + 0.5) * length / resize - 0.5`` in the frame, cell i at
-    ``min(i * cell + cell // 2, length - 1)``; linear in between and constant beyond the ends. With 1 px cells this is
-    ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``.
+    ``min(i * cell + cell // 2, length - 1)``; linear in between and constant beyond the ends. With 1 px
+    cells this is ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``.
     """
     n = len(offset)
     if count == 1:

@@ -1,0 +1,265 @@
+"""The command line: parse, call one function, print. Errors of the domain become one line and exit code 1."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moclip import __version__
+from moclip.errors import MoclipError
+
+if TYPE_CHECKING:
+    from moclip.pipeline.extract.jobs import Prepared, Summary
+    from moclip.store import StoreInfo
+
+INTERRUPTED = 130
+_EXISTING = click.Path(path_type=Path)
+_NEW = click.Path(path_type=Path)
+
+
+class _Commands(click.Group):
+    """Turns the errors that moclip raises on purpose into one line, and Ctrl-C into exit code 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoclipError as error:
+            raise click.ClickException(_one_line(str(error))) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted. What was finished is kept; run the same command again to go on.", err=True)
+            sys.exit(INTERRUPTED)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="moclip")
+@click.option("-v", "--verbose", is_flag=True, help="Also print log messages.")
+def main(verbose: bool) -> None:
+    """Decode each compressed video once into a feature store; train from the store ever after.
+
+    \b
+    Example:
+      moclip extract videos/ corpus.zarr --splits splits/
+      moclip train tsn corpus.zarr --split 1 --out runs/tsn
+      moclip train fusion corpus.zarr --split 1 --motion-run runs/tsn --out runs/fusion
+      moclip evaluate runs/fusion corpus.zarr
+
+    Exit codes: 0 done, 1 an error that one line explains, 2 a wrong command line, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+
+
+@main.command()
+@click.argument("source", type=_EXISTING)
+@click.argument("store", type=_NEW)
+@click.option("--preset", type=click.Choice(["moclip-lite"]), help="The paper's protocol: mpeg4 motion, accumulated.")
+@click.option("--motion", type=click.Choice(["native", "mpeg4", "none"]), help="Where vectors come from: the stream itself, or CoViAR's re-encode to 340x256.  [default: native]")
+@click.option("--cell", type=int, metavar="PX", help="Side of a motion cell in pixels.  [default: 8]")
+@click.option("--feature", "features", multiple=True, type=click.Choice(["motion", "motion-accumulated", "embedding"]), help="What to extract; repeat for several.  [default: all three]")
+@click.option("--as", "rename", metavar="NAME", help="Another name for the one feature that is extracted.")
+@click.option("--frames", metavar="POLICY", help="Frames for the encoder: middle, uniform:8, random:1, fps:1.  [default: middle]")
+@click.option("--encoder", metavar="NAME", help="open_clip:<model>/<weights>, timm:<model> or none.  [default: open_clip:ViT-B-32-quickgelu/openai]")
+@click.option("--weights", type=_EXISTING, help="A file with the encoder's weights, instead of a download.")
+@click.option("--splits", type=_EXISTING, help="A folder with classInd.txt, trainlist0N.txt and testlist0N.txt.")
+@click.option("--workers", type=int, help="Worker processes on this machine.  [default: one a core]")
+@click.option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, tcp://host:port, instead of own workers.")
+@click.option("--retry-failed", is_flag=True, help="Try videos again whose entry failed.")
+@click.option("--replace-changed", is_flag=True, help="Extract videos again whose file has another size now.")
+@click.option("--max-failures", type=int, metavar="N", help="Exit with code 1 if more than N entries failed.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+def extract(source: Path, store: Path, **options: Any) -> None:
+    """Decode the videos of SOURCE once, into the feature store STORE; only what is missing is done.
+
+    SOURCE is a folder (class folders give labels), a .txt list of paths, or a .csv or .parquet table with a
+    column path and, if you like, id, label, group, split_NAME (train, val or test) and more.
+
+    A video that cannot be used becomes a failed entry with a reason; it stops nothing.
+
+    \b
+    Example:
+      moclip extract UCF-101/ ucf101.zarr --preset moclip-lite --splits ucfTrainTestlist/
+      moclip extract videos.csv corpus.zarr --encoder timm:tf_efficientnet_lite0 --weights lite0.pth
+    """
+    from moclip.pipeline.extract import jobs
+
+    if options["workers"] and options["scheduler"]:
+        raise click.UsageError("--workers starts processes here, --scheduler uses those elsewhere: give one.")
+    job = jobs.Job(
+        source=source,
+        store=store,
+        request=_request(**options),
+        **{name: options[name] for name in ("splits", "workers", "scheduler", "retry_failed", "replace_changed", "max_failures")},
+    )
+    prepared = jobs.prepare(job)
+    _print_plan(prepared)
+    if options["dry_run"]:
+        return
+    with _extraction_bar(prepared.plan.videos) as advance:
+        summary = jobs.run(prepared, advance)
+    _print_summary(summary, store)
+
+
+def _request(**options: Any) -> Any:
+    """The preset's request, or the default one, with what the command line says instead."""
+    from dataclasses import replace
+
+    from moclip.pipeline.backbones import EncoderConfig
+    from moclip.pipeline.extract.features import PRESETS, FeatureRequest
+
+    base = PRESETS[options["preset"]] if options["preset"] else FeatureRequest()
+    given = {name: options[name] for name in ("motion", "cell", "frames", "rename") if options[name] is not None}
+    if options["features"]:
+        given["kinds"] = options["features"]
+    encoder, weights = options["encoder"], options["weights"]
+    if encoder == "none" or (encoder is None and options["features"] and "embedding" not in options["features"]):
+        given["encoder"] = None
+    elif encoder or weights:
+        name = encoder or base.encoder.name if base.encoder else encoder
+        given["encoder"] = EncoderConfig(name, None if weights is None else str(weights))
+    return replace(base, **given)
+
+
+def _print_plan(prepared: "Prepared") -> None:
+    plan, sources = prepared.plan, prepared.sources
+    names = ", ".join(prepared.config.features)
+    click.echo(f"{len(sources.videos)} videos in {prepared.job.source}; features: {names}")
+    if sources.skipped:
+        click.echo(f"  {len(sources.skipped)} other files are no videos by their names ({_shown(sources.skipped)})")
+    if prepared.unmatched:
+        click.echo(f"  {prepared.unmatched} videos of the split lists are not in the source")
+    if plan.done:
+        click.echo(f"  {plan.done} have everything already")
+    if plan.failed_before and not prepared.job.retry_failed:
+        click.echo(f"  {len(plan.failed_before)} failed before ({_shown(plan.failed_before)}); --retry-failed tries again")
+    if plan.changed and not prepared.job.replace_changed:
+        click.echo(f"  {len(plan.changed)} have another size now and are left alone ({_shown(plan.changed)}); --replace-changed extracts them again")
+    click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {prepared.job.scheduler or f'{prepared.workers} workers'}")
+
+
+def _shown(names: Any, most: int = 3) -> str:
+    """A few names on one line; control characters of a stranger's file names do not reach the terminal."""
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (", …" if len(names) > most else "")
+
+
+@contextmanager
+def _extraction_bar(videos: int) -> Iterator[Any]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("extract"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} videos · {task.fields[rates]} · failed {task.fields[failed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console()) as bar:
+        line = bar.add_task("extract", total=videos, rates="starting", failed=0)
+
+        def advance(now: Any) -> None:
+            seconds = bar.tasks[line].elapsed or 1.0
+            rates = f"{now.videos / seconds:.1f} videos/s · {now.frames / seconds:.0f} frames/s"
+            bar.update(line, completed=now.videos, rates=rates, failed=now.failed)
+
+        yield advance
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _print_summary(summary: "Summary", store: Path) -> None:
+    click.echo(f"{summary.videos} videos, {summary.frames} frames decoded; {summary.ok} entries of these videos are ok")
+    _print_failures(summary.failures)
+    click.echo(f"store: {store}")
+
+
+def _print_failures(failures: Any) -> None:
+    if failures:
+        click.echo(f"failed entries: {sum(failures.values())}")
+        for (feature, reason), count in sorted(failures.items(), key=lambda item: -item[1]):
+            click.echo(f"  {count:6d}  {reason:20} {feature}")
+
+
+@main.command()
+@click.argument("store", type=_EXISTING)
+@click.option("--splits", type=_EXISTING, help="A folder with classInd.txt, trainlist0N.txt and testlist0N.txt.")
+@click.option("--csv", "table", type=_EXISTING, help="A .csv or .parquet file: id, and label, group or split_NAME.")
+def label(store: Path, splits: Path | None, table: Path | None) -> None:
+    """Change a store's labels, groups and splits; nothing is extracted.
+
+    \b
+    Example:
+      moclip label ucf101.zarr --splits ucfTrainTestlist/
+    """
+    from moclip.pipeline.extract.labelling import label_store
+
+    if (splits is None) == (table is None):
+        raise click.UsageError("Give --splits DIR or --csv FILE.")
+    found = label_store(store, splits=splits, csv=table)
+    click.echo(f"{len(found.table)} videos, {len(found.classes)} classes")
+    if found.absent:
+        click.echo(f"  {len(found.absent)} listed videos are not in the store ({_shown(found.absent)})")
+    if found.unlisted:
+        click.echo(f"  {len(found.unlisted)} videos of the store are not listed ({_shown(found.unlisted)})")
+
+
+@main.command()
+@click.argument("store", type=_EXISTING)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def info(store: Path, as_json: bool) -> None:
+    """Show what a store holds: videos, features and their specifications, splits, failures.
+
+    \b
+    Example:
+      moclip info corpus.zarr
+    """
+    from moclip.store import describe, failed_entries, open_store
+
+    opened = open_store(store)
+    found = describe(opened)
+    if as_json:
+        click.echo(json.dumps({**found.to_json(), "failed_entries": failed_entries(opened)}, indent=1))
+        return
+    _print_info(found)
+    failed = failed_entries(opened)
+    for row in failed[:20]:
+        click.echo(f"  {_shown([row['id']])} {row['feature']}: {row['reason']}: {_one_line(row['detail'])[:120]}")
+    if len(failed) > 20:
+        click.echo(f"  … {len(failed) - 20} more: moclip info --json")
+
+
+def _print_info(found: "StoreInfo") -> None:
+    size = found.video_bytes / 1e6
+    click.echo(f"{found.path}: {found.videos} videos, {found.hours:.2f} hours, {found.frames} frames, {size:.1f} MB of video")
+    if found.corrupt_frames:
+        click.echo(f"  {found.corrupt_frames} frames are corrupt (concealed or refused by the decoder)")
+    if found.unpublished:
+        click.echo(f"  {found.unpublished} finished shards are not in the tables; the next `moclip extract` adds them")
+    for feature in found.features:
+        spec = feature.specification
+        click.echo(f"{feature.name}  {spec.dtype}, {spec.unit}, digest {feature.digest}")
+        per_row = feature.bytes / feature.rows if feature.rows else 0
+        click.echo(f"  {feature.ok} videos, {feature.rows} rows, {feature.bytes / 1e6:.1f} MB, {per_row:.0f} bytes a row")
+        parameters = {key: value for key, value in spec.parameters.items() if not isinstance(value, dict)}
+        click.echo("  " + ", ".join(f"{key} {value}" for key, value in parameters.items()))
+        for reason, count in feature.failures.items():
+            click.echo(f"  failed: {count} {reason}")
+    if found.labels:
+        click.echo(f"{len(found.labels)} classes, {sum(found.labels.values())} labelled videos")
+    for name, parts in found.splits.items():
+        click.echo(f"split {name}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Testing a trained run: protocols, and one way in for every kind of run."""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from moclip.errors import RunError
+from moclip.pipeline.learn.fusion import evaluate_head
+from moclip.pipeline.learn.metrics import Evaluation
+from moclip.pipeline.learn.runs import Run, load_run, write_evaluation
+from moclip.pipeline.learn.splits import split_table
+from moclip.pipeline.learn.tsn import evaluate_tsn
+from moclip.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """``25x10``: 25 segments, each in 10 crops (corners, centre and all their mirror images); ``32x1``: the
+    centre.
+    """
+
+    segments: int = 25
+    crops: int = 1
+
+    def __post_init__(self) -> None:
+        if self.segments < 1 or self.crops not in (1, 10):
+            raise RunError(f"no protocol {self}; expected SEGMENTSx1 or SEGMENTSx10, such as 25x10")
+
+    def __str__(self) -> str:
+        return f"{self.segments}x{self.crops}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Protocol":
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if match is None:
+            raise RunError(f"no protocol {text!r}; expected SEGMENTSx1 or SEGMENTSx10, such as 25x10")
+        return cls(int(match[1]), int(match[2]))
+
+
+def evaluate_run(
+    run: str | Path,
+    store_path: str | Path,
+    *,
+    split: str | None = None,
+    protocol: str | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Test a run on the test side of ``split`` (its own if None), and keep what is found in the run.
+
+    ``protocol`` (25x1 if None) is for runs of kind tsn; fusion and probe see all pooled features.
+    """
+    loaded = load_run(run)
+    if not loaded.finished:
+        raise RunError(f"{loaded.path} is unfinished: it has no metrics.json; train it again")
+    store = open_store(store_path)
+    split = split or loaded.split
+    _warn_of_overlap(loaded, store, split)
+    if loaded.kind == "tsn":
+        views = Protocol.parse(protocol) if protocol else Protocol()
+        found = evaluate_tsn(loaded, store, split, segments=views.segments, crops=views.crops, device=device)
+    elif protocol is not None:
+        raise RunError(
+            f"{loaded.path} is a {loaded.kind}: it reads pooled features and has no protocol {protocol}"
+        )
+    else:
+        found = evaluate_head(loaded, store, split, device=device)
+    write_evaluation(loaded, found)
+    return found
+
+
+def _warn_of_overlap(run: Run, store: Store, split: str) -> None:
+    """Say so if clips to be tested are clips that the run was trained on."""
+    if split == run.split:
+        return
+    tested = split_table(store, split)
+    tested = tested.filter(pc.equal(tested["part"], "test"))["id"].to_pylist()
+    trained = split_table(store, run.split)
+    trained = trained.filter(pc.not_equal(trained["part"], "test"))["id"].to_pylist()
+    seen = len(set(tested) & set(trained))
+    if seen:
+        log.warning(
+            "%d of the %d test clips of split %r were training clips of %s: the accuracy is too good",
+            seen, len(tested), split, run.path,
+        )  # fmt: skip

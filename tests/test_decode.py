@@ -1,0 +1,163 @@
+"""One pass over real files of real codecs: what comes out, and what each broken file is called."""
+
+import os
+from dataclasses import replace
+from itertools import pairwise
+
+import av
+import numpy as np
+import pytest
+import videos
+
+from moclip.errors import SourceError, VideoError
+from moclip.pipeline.extract.decode import DecodeConfig, decode_video
+from moclip.pipeline.extract.sampling import FramePolicy
+
+MIDDLE = DecodeConfig(frames=FramePolicy("middle"))
+
+
+def decode(path, config=MIDDLE, video_id="clip"):
+    blocks = []
+    found = decode_video(os.fspath(path), video_id, config, blocks.append)
+    return found, blocks
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264", "mpeg2video"])
+def test_motion_is_the_texture_s(tmp_path, codec):
+    path = videos.make_clip(tmp_path / "clip.mkv", codec=codec, frames=24)
+    found, blocks = decode(path)
+    assert found.frames == 24
+    assert found.corrupt_frames == 0
+    rows = np.concatenate([block.motion for block in blocks])
+    types = np.concatenate([block.picture_type for block in blocks])
+    moving = rows[types == 2][:, 0]
+    # make_clip moves its texture 2 pixels to the right a frame: 8 quarter pixels, over one or two frames.
+    assert np.median(moving) in (8, 16, 24)
+    assert np.all(rows[types == 1] == 0)
+
+
+def test_times_ascend_and_rows_match_frames(tmp_path):
+    path = videos.make_clip(tmp_path / "clip.mp4", codec="libx264", frames=300)
+    found, blocks = decode(path)
+    assert [len(block.motion) for block in blocks] == [256, 44]
+    times = np.concatenate([block.pts_seconds for block in blocks])
+    assert len(times) == found.frames == 300
+    assert all(a < b for a, b in pairwise(times))
+
+
+def test_the_sampled_frame_is_the_middle_one_as_pyav_gives_it(tmp_path):
+    path = videos.make_clip(tmp_path / "clip.avi", frames=25)
+    found, _ = decode(path)
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    (sampled,) = found.sampled
+    assert sampled.index == 12
+    np.testing.assert_array_equal(sampled.rgb, frames[12])
+
+
+def test_a_header_that_promises_too_much_does_not_move_the_middle(tmp_path):
+    path = videos.truncated_avi(tmp_path / "cut.avi")
+    found, _ = decode(path)
+    assert 0 < found.frames < 24
+    assert found.sampled[0].index == found.frames // 2
+
+
+def test_mpeg4_motion_is_of_340x256_whatever_the_source(tmp_path):
+    path = videos.make_clip(tmp_path / "clip.mp4", codec="libx264", frames=30)
+    found, blocks = decode(path, replace(MIDDLE, motion="mpeg4"))
+    rows = np.concatenate([block.motion for block in blocks])
+    types = np.concatenate([block.picture_type for block in blocks])
+    assert rows.shape == (30, 2, 32, 43)
+    assert types[:14].tolist() == [1] + [2] * 11 + [1, 2]
+    assert found.motion_error is None
+
+
+def test_one_frame_is_a_video(tmp_path):
+    found, blocks = decode(videos.one_frame(tmp_path / "one.avi"))
+    assert found.frames == 1
+    assert found.motion_error is None
+    assert not blocks[0].motion.any()
+    assert [frame.index for frame in found.sampled] == [0]
+
+
+def test_odd_sizes(tmp_path):
+    found, blocks = decode(videos.odd_size(tmp_path / "odd.avi"))
+    assert (found.width, found.height) == (171, 143)
+    assert blocks[0].motion.shape[1:] == (2, 18, 22)
+
+
+@pytest.mark.parametrize("codec", ["libx265", "libvpx-vp9"])
+def test_codecs_without_vectors_keep_their_frames(tmp_path, codec):
+    if not videos.has_encoder(codec):
+        pytest.skip(f"this build cannot make {codec}")
+    path = videos.make_clip(tmp_path / "clip.mkv", codec=codec)
+    found, _ = decode(path)
+    assert found.motion_error is not None
+    assert found.motion_error.reason == "no_vectors"
+    assert "--motion mpeg4" in found.motion_error.detail
+    assert len(found.sampled) == 1
+    again, blocks = decode(path, replace(MIDDLE, motion="mpeg4"))
+    assert again.motion_error is None
+    assert blocks
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (videos.truncated_mp4, "cut.mp4", "truncated"),
+        (videos.zero_bytes, "zero.mp4", "empty"),
+        (videos.text_file, "text.mp4", "not_video"),
+        (videos.audio_only, "audio.mp4", "no_video_stream"),
+        (videos.resolution_change, "change.h264", "resolution_changed"),
+        (lambda path: path, "missing.mp4", "missing"),
+        (lambda path: path.mkdir(), "folder.mp4", "unreadable"),
+    ],
+)
+def test_a_video_that_cannot_be_used_says_why(tmp_path, make, name, reason):
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(VideoError) as caught:
+        decode(path)
+    assert caught.value.reason == reason
+
+
+def test_a_playlist_cannot_open_other_files(tmp_path):
+    secret = videos.make_clip(tmp_path / "secret.ts", codec="mpeg2video")
+    playlist = tmp_path / "list.mp4"
+    playlist.write_text(f"ffconcat version 1.0\nfile {secret.name}\n")
+    with pytest.raises(VideoError):
+        decode(playlist)
+
+
+def test_concealed_errors_are_counted(tmp_path):
+    found, _ = decode(videos.damaged_avi(tmp_path / "damaged.avi"))
+    assert found.corrupt_frames > 0
+    assert found.frames > 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "frames", "expected"),
+    [
+        ("middle", 25, [12]),
+        ("middle", 1, [0]),
+        ("uniform:4", 40, [5, 15, 25, 35]),
+        ("uniform:4", 2, [0, 0, 1, 1]),
+        ("fps:5", 100, [2, 7, 12, 17, 22, 27, 32, 37, 42, 47, 52, 57, 62, 67, 72, 77, 82, 87, 92, 97]),
+    ],
+)
+def test_frame_policies(policy, frames, expected):
+    assert FramePolicy(policy).indices(frames, 25.0, "id").tolist() == expected
+
+
+def test_random_frames_depend_on_the_id_alone():
+    policy = FramePolicy("random:3")
+    first = policy.indices(100, 25.0, "a")
+    assert first.tolist() == policy.indices(100, 25.0, "a").tolist()
+    assert first.tolist() != policy.indices(100, 25.0, "b").tolist()
+    assert policy.indices(2, 25.0, "a").tolist() == sorted(policy.indices(2, 25.0, "a").tolist())
+
+
+@pytest.mark.parametrize("name", ["first", "uniform:0", "uniform:", "fps:0", "random:-1"])
+def test_unknown_policies_are_refused(name):
+    with pytest.raises(SourceError, match="expected middle"):
+        FramePolicy(name)

@@ -1,0 +1,343 @@
+"""Extraction as a job, on real Dask processes: reruns, failures, kills."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import timm
+import torch
+import videos
+from distributed import LocalCluster
+
+from moclip.errors import EncoderError, SourceError, TooManyFailuresError
+from moclip.pipeline.backbones import EncoderConfig
+from moclip.pipeline.extract import jobs
+from moclip.pipeline.extract.features import FeatureRequest
+from moclip.pipeline.extract.plan import make_plan
+from moclip.pipeline.extract.shard import ShardTask, extract_shard, record_failure
+from moclip.pipeline.extract.sources import list_sources
+from moclip.store import create_store, failed_entries, open_store, publish
+
+EMBEDDING = "embedding-test-vit-"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "test_vit.pth"
+    torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(12):
+        clip = folder / ("left" if i % 2 else "right") / f"clip_g{i // 4:02d}_c{i:02d}.avi"
+        clip.parent.mkdir(exist_ok=True)
+        videos.make_clip(clip, frames=10 + i, seed=i)
+    return folder
+
+
+@pytest.fixture
+def request_(weights):
+    return FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(weights)))
+
+
+def contents(path):
+    """(feature, id) -> content hash for motion, embedding rows for embeddings: what equality is defined on."""
+    store = open_store(path)
+    found = {}
+    for row in store.entries.to_pylist():
+        if row["status"] == "ok":
+            embedding = row["feature"].startswith("embedding")
+            value = store.read(row["feature"], row["id"]) if embedding else row["content"]
+            found[row["feature"], row["id"]] = value
+    return found
+
+
+def assert_same_content(a, b):
+    left, right = contents(a), contents(b)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, str):
+            assert value == right[key], key
+        else:
+            x, y = value.astype(np.float64), right[key].astype(np.float64)
+            cosine = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+            assert (cosine >= 0.99999).all(), key
+
+
+def extract_serially(source, store, request, **options):
+    """The same work without Dask, for tests of everything else."""
+    job = jobs.Job(source, store, request, workers=1, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "_run_tasks", _serial)
+        return jobs.run(jobs.prepare(job))
+
+
+def _serial(prepared, totals):
+    for task in prepared.plan.tasks:
+        totals.update(extract_shard(str(prepared.job.store), task, prepared.config, totals.update))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus, weights):
+    store = tmp_path_factory.mktemp("undisturbed") / "store.zarr"
+    request = FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(weights)))
+    extract_serially(corpus, store, request)
+    return store
+
+
+def test_processes_of_dask_make_the_same_store_and_a_rerun_does_nothing(tmp_path, corpus, request_, undisturbed):
+    job = jobs.Job(corpus, tmp_path / "store.zarr", request_, workers=2)
+    seen = []
+    summary = jobs.run(jobs.prepare(job), seen.append)
+    assert (summary.videos, summary.ok, summary.failures) == (12, 36, {})
+    assert seen[-1].frames == summary.frames == sum(range(10, 22))
+    assert_same_content(job.store, undisturbed)
+    again = jobs.prepare(job)
+    assert (again.plan.tasks, again.plan.done) == ((), 12)
+    assert jobs.run(again).videos == 0
+    labels = open_store(job.store).labels
+    assert set(labels["label"].to_pylist()) == {"left", "right"}
+
+
+def test_a_scheduler_elsewhere_is_used(tmp_path, corpus, undisturbed):
+    request = FeatureRequest(kinds=("motion",))
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        job = jobs.Job(corpus, tmp_path / "store.zarr", request, scheduler=cluster.scheduler_address)
+        assert jobs.run(jobs.prepare(job)).ok == 12
+    expected = {key: value for key, value in contents(undisturbed).items() if key[0] == "motion"}
+    assert contents(job.store) == expected
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(tmp_path, corpus, monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(distributed, "Client", lambda address, timeout: _refuse())
+    job = jobs.Job(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)), scheduler="tcp://127.0.0.1:1")
+    with pytest.raises(SourceError, match="no Dask scheduler at"):
+        jobs.run(jobs.prepare(job))
+    assert len(open_store(job.store).entries) == 0
+
+
+def _refuse():
+    raise OSError("Timed out trying to connect")
+
+
+def test_broken_videos_are_failed_entries_and_lose_nothing(tmp_path, corpus, request_):
+    source = tmp_path / "videos"
+    source.mkdir()
+    videos.make_clip(source / "good.avi")
+    videos.truncated_mp4(source / "cut.mp4")
+    videos.zero_bytes(source / "zero.mp4")
+    videos.text_file(source / "text.mp4")
+    videos.audio_only(source / "audio.mp4")
+    videos.resolution_change(source / "change.h264")
+    (source / "big-change.h264").unlink(missing_ok=True)
+    for leftover in source.glob("*-change.h264"):
+        leftover.unlink()
+    if videos.has_encoder("libx265"):
+        videos.make_clip(source / "hevc.mkv", codec="libx265")
+    store = tmp_path / "store.zarr"
+    extract_serially(source, store, request_)
+    opened = open_store(store)
+    reasons = {(row["id"], row["feature"]): row["reason"] for row in failed_entries(opened)}
+    embedding = opened.resolve("embedding")
+    for video_id, reason in {
+        "cut": "truncated",
+        "zero": "empty",
+        "text": "not_video",
+        "audio": "no_video_stream",
+        "change": "resolution_changed",
+    }.items():
+        for feature in ("motion", "motion-accumulated", embedding):
+            assert reasons[video_id, feature] == reason
+    expected_ok = {"good"}
+    if videos.has_encoder("libx265"):
+        assert reasons["hevc", "motion"] == reasons["hevc", "motion-accumulated"] == "no_vectors"
+        assert ("hevc", embedding) not in reasons
+        expected_ok |= {"hevc"}
+    assert set(opened.ids(embedding)) == expected_ok
+    assert opened.ids("motion") == ["good"]
+
+
+def test_failed_videos_wait_for_retry_failed(tmp_path):
+    source = tmp_path / "videos"
+    source.mkdir()
+    clip = source / "clip.avi"
+    clip.write_bytes(b"")
+    request = FeatureRequest(kinds=("motion",))
+    store = tmp_path / "store.zarr"
+    extract_serially(source, store, request)
+    videos.make_clip(clip)
+    left = jobs.prepare(jobs.Job(source, store, request))
+    assert (left.plan.tasks, left.plan.failed_before) == ((), ("clip",))
+    summary = extract_serially(source, store, request, retry_failed=True)
+    assert (summary.ok, summary.failures) == (1, {})
+
+
+def test_a_changed_file_is_listed_and_left_alone(tmp_path):
+    source = tmp_path / "videos"
+    source.mkdir()
+    clip = videos.make_clip(source / "clip.avi", frames=12)
+    request = FeatureRequest(kinds=("motion",))
+    store = tmp_path / "store.zarr"
+    extract_serially(source, store, request)
+    videos.make_clip(clip, frames=20)
+    left = jobs.prepare(jobs.Job(source, store, request))
+    assert (left.plan.tasks, left.plan.changed) == ((), ("clip",))
+    extract_serially(source, store, request, replace_changed=True)
+    assert len(open_store(store).read("motion", "clip")) == 20
+
+
+def test_a_feature_is_added_beside_what_is_there(tmp_path, corpus, request_, undisturbed):
+    store = tmp_path / "store.zarr"
+    shutil.copytree(undisturbed, store)
+    before = {p: p.read_bytes() for p in (store / "features").rglob("*") if p.is_file()}
+    extract_serially(corpus, store, FeatureRequest(kinds=("motion",), cell=16, rename="motion-16"))
+    assert open_store(store).read("motion-16", "left/clip_g00_c01").shape[1:] == (2, 6, 8)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_max_failures(tmp_path):
+    source = tmp_path / "videos"
+    source.mkdir()
+    for i in range(3):
+        videos.zero_bytes(source / f"{i}.avi")
+    request = FeatureRequest(kinds=("motion",))
+    with pytest.raises(TooManyFailuresError, match=r"3 failed entries, 2 allowed \(motion empty: 3\)"):
+        extract_serially(source, tmp_path / "s.zarr", request, max_failures=2)
+    assert len(failed_entries(open_store(tmp_path / "s.zarr"))) == 3
+    extract_serially(source, tmp_path / "s.zarr", request, max_failures=3)
+
+
+def test_names_that_are_hard_on_paths(tmp_path):
+    source = tmp_path / "videos"
+    names = videos.odd_names(source)
+    extract_serially(source, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+    store = open_store(tmp_path / "s.zarr")
+    assert len(store.ids("motion")) == len(names)
+    assert failed_entries(store) == []
+    assert all(len(store.read("motion", video_id)) == 6 for video_id in store.ids("motion"))
+
+
+def test_a_missing_path_of_a_list_is_a_failed_entry(tmp_path):
+    videos.make_clip(tmp_path / "a.avi")
+    table = tmp_path / "list.csv"
+    table.write_text("path,label,rating\na.avi,x,5\nb.avi,y,3\n")
+    summary = extract_serially(table, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+    assert dict(summary.failures) == {("motion", "missing"): 1}
+    assert open_store(tmp_path / "s.zarr").videos["rating"].to_pylist() == [5, 3]
+
+
+def test_no_weights_is_said_before_any_video_is_opened(tmp_path, corpus):
+    request = FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(tmp_path / "none.pth")))
+    with pytest.raises(EncoderError):
+        jobs.prepare(jobs.Job(corpus, tmp_path / "s.zarr", request))
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_an_error_of_one_video_is_its_own(tmp_path, corpus, monkeypatch, caplog):
+    from moclip.pipeline.extract import shard
+
+    real = shard.decode_video
+
+    def decode(path, video_id, config, emit):
+        if "c03" in path:
+            raise RuntimeError("unheard of")
+        return real(path, video_id, config, emit)
+
+    monkeypatch.setattr(shard, "decode_video", decode)
+    summary = extract_serially(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+    assert (summary.ok, dict(summary.failures)) == (11, {("motion", "error"): 1})
+    assert "unheard of" in failed_entries(open_store(tmp_path / "s.zarr"))[0]["detail"]
+
+
+def test_a_store_that_cannot_be_written_is_no_video_s_fault(tmp_path, corpus, monkeypatch):
+    from moclip.store import ShardWriter
+
+    def append(self, rows, **columns):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "append", append)
+    with pytest.raises(OSError, match="No space left"):
+        extract_serially(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+    assert failed_entries(open_store(tmp_path / "s.zarr")) == []
+
+
+def test_a_crash_is_recorded_for_its_video(tmp_path, corpus):
+    sources = list_sources(corpus).videos[:1]
+    prepared = jobs.prepare(jobs.Job(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",))))
+    create_store(tmp_path / "s.zarr")
+    task = ShardTask(0, sources, ("motion",))
+    record_failure(str(tmp_path / "s.zarr"), task, prepared.config, "crashed", "the worker died")
+    publish(tmp_path / "s.zarr")
+    assert failed_entries(open_store(tmp_path / "s.zarr"))[0]["reason"] == "crashed"
+
+
+def test_shards_are_bounded_and_in_id_order(tmp_path, corpus):
+    sources = list_sources(corpus).videos
+    plan = make_plan(tmp_path / "none", sources * 40, ("motion",), workers=1)
+    assert max(len(task.videos) for task in plan.tasks) <= 64
+    plan = make_plan(tmp_path / "none", sources, ("motion",), workers=2)
+    assert [video.id for task in plan.tasks for video in task.videos] == [video.id for video in sources]
+    assert len(plan.tasks) == 6
+
+
+def start_cli(*arguments):
+    code = "from moclip.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(found, seconds=90):
+    end = time.time() + seconds
+    while not found():
+        assert time.time() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def worker_processes(process):
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("kill", ["worker", "coordinator", "ctrl-c"])
+def test_kill_anything_and_the_next_run_continues(tmp_path, corpus, undisturbed, kill):
+    store = tmp_path / "store.zarr"
+    arguments = ("extract", corpus, store, "--encoder", "none", "--workers", 1)
+    process = start_cli(*arguments)
+    try:
+        wait_for(lambda: list(store.glob("receipts/*/*.parquet")))
+        if kill == "worker":
+            worker_processes(process)[0].kill()
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+        elif kill == "coordinator":
+            process.kill()
+            process.communicate()
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 130, err
+            assert "Traceback" not in err
+            assert len(open_store(store).entries) > 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+    again = start_cli(*arguments)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert "24 entries" in out
+    expected = {key: value for key, value in contents(undisturbed).items() if isinstance(value, str)}
+    assert contents(store) == expected
