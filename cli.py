@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,16 +61,38 @@ def main(verbose: bool) -> None:
 @click.argument("source", type=_EXISTING)
 @click.argument("store", type=_NEW)
 @click.option("--preset", type=click.Choice(["moclip-lite"]), help="The paper's protocol: mpeg4 motion, accumulated.")
-@click.option("--motion", type=click.Choice(["native", "mpeg4", "none"]), help="Where vectors come from: the stream itself, or CoViAR's re-encode to 340x256.  [default: native]")
+@click.option(
+    "--motion",
+    type=click.Choice(["native", "mpeg4", "none"]),
+    help="Where vectors come from: the stream itself, or CoViAR's re-encode to 340x256.  [default: native]",
+)
 @click.option("--cell", type=int, metavar="PX", help="Side of a motion cell in pixels.  [default: 8]")
-@click.option("--feature", "features", multiple=True, type=click.Choice(["motion", "motion-accumulated", "embedding"]), help="What to extract; repeat for several.  [default: all three]")
+@click.option(
+    "--feature",
+    "features",
+    multiple=True,
+    type=click.Choice(["motion", "motion-accumulated", "embedding"]),
+    help="What to extract; repeat for several.  [default: all three]",
+)
 @click.option("--as", "rename", metavar="NAME", help="Another name for the one feature that is extracted.")
-@click.option("--frames", metavar="POLICY", help="Frames for the encoder: middle, uniform:8, random:1, fps:1.  [default: middle]")
-@click.option("--encoder", metavar="NAME", help="open_clip:<model>/<weights>, timm:<model> or none.  [default: open_clip:ViT-B-32-quickgelu/openai]")
+@click.option(
+    "--frames",
+    metavar="POLICY",
+    help="Frames for the encoder: middle, uniform:8, random:1, fps:1.  [default: middle]",
+)
+@click.option(
+    "--encoder",
+    metavar="NAME",
+    help="open_clip:<model>/<weights>, timm:<model> or none.  [default: open_clip:ViT-B-32-quickgelu/openai]",
+)
 @click.option("--weights", type=_EXISTING, help="A file with the encoder's weights, instead of a download.")
 @click.option("--splits", type=_EXISTING, help="A folder with classInd.txt, trainlist0N.txt and testlist0N.txt.")
 @click.option("--workers", type=int, help="Worker processes on this machine.  [default: one a core]")
-@click.option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, tcp://host:port, instead of own workers.")
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="A running Dask scheduler, tcp://host:port, instead of own workers.",
+)
 @click.option("--retry-failed", is_flag=True, help="Try videos again whose entry failed.")
 @click.option("--replace-changed", is_flag=True, help="Extract videos again whose file has another size now.")
 @click.option("--max-failures", type=int, metavar="N", help="Exit with code 1 if more than N entries failed.")
@@ -97,7 +118,10 @@ def extract(source: Path, store: Path, **options: Any) -> None:
         source=source,
         store=store,
         request=_request(**options),
-        **{name: options[name] for name in ("splits", "workers", "scheduler", "retry_failed", "replace_changed", "max_failures")},
+        **{
+            name: options[name]
+            for name in ("splits", "workers", "scheduler", "retry_failed", "replace_changed", "max_failures")
+        },
     )
     prepared = jobs.prepare(job)
     _print_plan(prepared)
@@ -139,10 +163,16 @@ def _print_plan(prepared: "Prepared") -> None:
     if plan.done:
         click.echo(f"  {plan.done} have everything already")
     if plan.failed_before and not prepared.job.retry_failed:
-        click.echo(f"  {len(plan.failed_before)} failed before ({_shown(plan.failed_before)}); --retry-failed tries again")
+        click.echo(
+            f"  {len(plan.failed_before)} failed before ({_shown(plan.failed_before)}); --retry-failed tries again"
+        )
     if plan.changed and not prepared.job.replace_changed:
-        click.echo(f"  {len(plan.changed)} have another size now and are left alone ({_shown(plan.changed)}); --replace-changed extracts them again")
-    click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {prepared.job.scheduler or f'{prepared.workers} workers'}")
+        click.echo(
+            f"  {len(plan.changed)} have another size now and are left alone ({_shown(plan.changed)}); "
+            "--replace-changed extracts them again"
+        )
+    where = prepared.job.scheduler or f"{prepared.workers} workers"
+    click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {where}")
 
 
 def _shown(names: Any, most: int = 3) -> str:
@@ -241,7 +271,9 @@ def info(store: Path, as_json: bool) -> None:
 
 def _print_info(found: "StoreInfo") -> None:
     size = found.video_bytes / 1e6
-    click.echo(f"{found.path}: {found.videos} videos, {found.hours:.2f} hours, {found.frames} frames, {size:.1f} MB of video")
+    click.echo(
+        f"{found.path}: {found.videos} videos, {found.hours:.2f} hours, {found.frames} frames, {size:.1f} MB of video"
+    )
     if found.corrupt_frames:
         click.echo(f"  {found.corrupt_frames} frames are corrupt (concealed or refused by the decoder)")
     if found.unpublished:
@@ -250,7 +282,9 @@ def _print_info(found: "StoreInfo") -> None:
         spec = feature.specification
         click.echo(f"{feature.name}  {spec.dtype}, {spec.unit}, digest {feature.digest}")
         per_row = feature.bytes / feature.rows if feature.rows else 0
-        click.echo(f"  {feature.ok} videos, {feature.rows} rows, {feature.bytes / 1e6:.1f} MB, {per_row:.0f} bytes a row")
+        click.echo(
+            f"  {feature.ok} videos, {feature.rows} rows, {feature.bytes / 1e6:.1f} MB, {per_row:.0f} bytes a row"
+        )
         parameters = {key: value for key, value in spec.parameters.items() if not isinstance(value, dict)}
         click.echo("  " + ", ".join(f"{key} {value}" for key, value in parameters.items()))
         for reason, count in feature.failures.items():

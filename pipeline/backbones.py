@@ -246,9 +246,7 @@ def _build_open_clip(config: EncoderConfig) -> _Parts:
     weights = get_pretrained_cfg(name, tag) if tag else {}
     if config.weights is None and not weights:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise EncoderError(
-            f"open_clip has no weights {tag!r} for {name}; it has: {tags}; or give --weights FILE"
-        )
+        raise EncoderError(f"open_clip has no weights {tag!r} for {name}; it has: {tags}; or give --weights FILE")
     if weights.get("quick_gelu", tag == "openai") and not architecture.get("quick_gelu", False):
         log.warning(
             "%s: these weights were trained with QuickGELU and %s computes GELU; use %s-quickgelu/%s",

@@ -166,12 +166,12 @@ def open_array(path: Path, dtype: str) -> ts.TensorStore:
     return array
 
 
-def read_rows(array: ts.TensorStore, rows: slice | npt.NDArray[np.int64]) -> ts.Future:
+def read_rows(array: ts.TensorStore, rows: slice | npt.NDArray[np.int64]) -> "ts.Future[Any]":
     """Start reading rows; :func:`result` waits for them."""
     return array[rows].read()
 
 
-def result(future: ts.Future, path: Path) -> npt.NDArray[Any]:
+def result(future: "ts.Future[Any]", path: Path) -> npt.NDArray[Any]:
     """Wait for rows. Damage (a checksum, a chunk that does not decode) is an error, never numbers."""
     try:
         values: npt.NDArray[Any] = future.result()

@@ -99,12 +99,13 @@ class Store:
         """How many rows of ``feature`` each video has."""
         table = self._feature(feature)
         at = table.positions(self._ids(videos))
-        return table.stop[at] - table.start[at]
+        counts: npt.NDArray[np.int64] = table.stop[at] - table.start[at]
+        return counts
 
     def read(self, feature: str, video: str, column: str = VALUE) -> npt.NDArray[Any]:
         """Every row of one video, in display order: ``motion`` gives (frames, 2, gh, gw) int16.
 
-        ``column`` may name one of the specification's columns instead (``pts_seconds``, ``picture_type``, …): (frames,).
+        ``column`` may be one of the specification's columns instead (``pts_seconds``, ``picture_type``, …): (frames,).
         """
         return self.read_all(feature, [video], column)[0]
 
@@ -118,9 +119,7 @@ class Store:
         paths = [table.path(int(table.code[i]), column) for i in at]
         return [result(future, path) for future, path in zip(futures, paths, strict=True)]
 
-    def gather(
-        self, feature: str, videos: Ids, frames: npt.ArrayLike, column: str = VALUE
-    ) -> npt.NDArray[Any]:
+    def gather(self, feature: str, videos: Ids, frames: npt.ArrayLike, column: str = VALUE) -> npt.NDArray[Any]:
         """Row ``frames[k]`` of video ``videos[k]``, for every k, in the caller's order: (n, *row_shape).
 
         ``videos`` are ids, or positions in :attr:`videos`; ``frames`` are ordinals within each video's rows.
@@ -237,9 +236,7 @@ class _Feature:
         if outside.any():
             k = int(np.argmax(outside))
             count = int(self.stop[at[k]] - self.start[at[k]])
-            raise FeatureError(
-                f"frame {frames[k]} of {self.ids[at[k]]!r}: {self.name} has {count} rows of it, from 0"
-            )
+            raise FeatureError(f"frame {frames[k]} of {self.ids[at[k]]!r}: {self.name} has {count} rows of it, from 0")
         rows: npt.NDArray[np.int64] = self.start[at] + frames
         return rows
 

@@ -90,9 +90,7 @@ def corpus(per_class: int = 6, *, splits: Sequence[str] = ("1",), **facts: int) 
     for label in CLASSES:
         for g in range(per_class):
             part = "test" if g >= per_class - max(1, per_class // 3) else "train"
-            clip = Clip(
-                f"{label}/v{g:02d}", label, f"{label}_g{g // 2}", dict.fromkeys(splits, part), **facts
-            )
+            clip = Clip(f"{label}/v{g:02d}", label, f"{label}_g{g // 2}", dict.fromkeys(splits, part), **facts)
             clips.append(clip)
     return clips
 
@@ -126,9 +124,7 @@ def write_store(
         if clip.fails:
             writer.fail(facts, "no_vectors", "hevc exports none")
         else:
-            writer.append(
-                motion_rows(clip, rng), pts_seconds=seconds, picture_type=picture_types(clip.frames)
-            )
+            writer.append(motion_rows(clip, rng), pts_seconds=seconds, picture_type=picture_types(clip.frames))
             writer.ok(facts)
         vectors = embedding_rows(clip, rng) if rows is None else rows[clip.id]
         index = np.arange(len(vectors))

@@ -318,7 +318,14 @@ def test_a_specification_changed_by_hand_is_noticed(root):
 def test_describe_adds_up(root):
     write_shard(root, "s", {"a": rows_of(0, 3), "b": rows_of(1, 5)}, failed=["c"])
     publish(root)
-    labels = pa.table({"id": ["a", "b"], "label": ["x", "y"], "group": pa.nulls(2, pa.string()), "split_1": ["train", "test"]})
+    labels = pa.table(
+        {
+            "id": ["a", "b"],
+            "label": ["x", "y"],
+            "group": pa.nulls(2, pa.string()),
+            "split_1": ["train", "test"],
+        }
+    )
     write_labels(root, labels, ["y", "x"])
     store = open_store(root)
     assert store.classes == ["y", "x"]

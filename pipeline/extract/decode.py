@@ -71,9 +71,7 @@ class DecodedVideo:
     motion_error: VideoError | None = None
 
 
-def decode_video(
-    path: str, video_id: str, config: DecodeConfig, emit: Callable[[MotionRows], None]
-) -> DecodedVideo:
+def decode_video(path: str, video_id: str, config: DecodeConfig, emit: Callable[[MotionRows], None]) -> DecodedVideo:
     """Decode ``path`` once. Motion rows go to ``emit`` in display order, in blocks.
 
     Raises :class:`VideoError` where nothing can be said of the video. Sampled frames are chosen by the number of
@@ -120,9 +118,8 @@ def _indices(config: DecodeConfig, frames: int, fps: float, video_id: str) -> se
 def _sample(frame: av.VideoFrame, reader: "_Reader", wanted: set[int], into: dict[int, SampledFrame]) -> None:
     index = reader.count - 1
     if index in wanted:
-        into[index] = SampledFrame(
-            index, _seconds(frame, index, reader.fps), frame.to_ndarray(format="rgb24")
-        )
+        rgb = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        into[index] = SampledFrame(index, _seconds(frame, index, reader.fps), rgb)
 
 
 def _seconds(frame: av.VideoFrame, index: int, fps: float) -> float:

@@ -43,12 +43,8 @@ def write_video(
         stream.thread_count = 1
         for number, frame in enumerate(chain([first], frames)):
             if frame.shape != first.shape:
-                raise ValueError(
-                    f"frame {number} is {frame.shape}, the first is {first.shape}: one size is needed"
-                )
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+                raise ValueError(f"frame {number} is {frame.shape}, the first is {first.shape}: one size is needed")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
 
 

@@ -1,4 +1,4 @@
-"""An extraction as a job: list, plan what is missing, run the shards on Dask, publish. The only place that knows Dask."""
+"""An extraction as a job: list, plan what is missing, run it on Dask, publish. The only place that knows Dask."""
 
 import itertools
 import logging
@@ -184,9 +184,7 @@ def _finish(future: Any, task: ShardTask, prepared: Prepared, totals: _Totals) -
             first = -1000 * (task.number + 1)
             return [replace(task, number=first - i, videos=(v,)) for i, v in enumerate(task.videos)]
         detail = "the worker process died with it every time it was tried"
-        totals.update(
-            record_failure(str(prepared.job.store), task, prepared.config, "crashed", detail)
-        )
+        totals.update(record_failure(str(prepared.job.store), task, prepared.config, "crashed", detail))
     return []
 
 
@@ -265,5 +263,3 @@ def _summary(prepared: Prepared, totals: _Totals) -> Summary:
             else:
                 failures[row["feature"], row["reason"]] += 1
     return Summary(totals.sum.videos, totals.sum.frames, ok, failures)
-
-

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moclip.pipeline.extract.sources import class_order
+from moclip.pipeline.extract.sources import VideoSource, class_order
 from moclip.pipeline.extract.splits import (
     Labelling,
     label_from_table,
@@ -15,7 +15,6 @@ from moclip.pipeline.extract.splits import (
     read_labels_csv,
     read_splits,
 )
-from moclip.pipeline.extract.sources import VideoSource
 from moclip.store import open_store, write_labels
 
 

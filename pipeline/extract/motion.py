@@ -92,13 +92,13 @@ def _paint_motion(vectors, width, height, first_column, first_row, out):  # type
         v = vectors[i]
         if v.source >= 0:
             continue
-        x0, x1 = _painted(v.dst_x, v.dst_x - v.src_x, v.w, width)
-        y0, y1 = _painted(v.dst_y, v.dst_y - v.src_y, v.h, height)
+        x0, x1 = _painted(v.dst_x, int(v.dst_x) - int(v.src_x), v.w, width)
+        y0, y1 = _painted(v.dst_y, int(v.dst_y) - int(v.src_y), v.h, height)
         if x0 >= x1 or y0 >= y1:
             continue
-        scale = max(1, np.int64(v.motion_scale))
-        dx = -np.int64(v.motion_x) * 4 // scale
-        dy = -np.int64(v.motion_y) * 4 // scale
+        scale = max(1, int(v.motion_scale))
+        dx = -int(v.motion_x) * 4 // scale
+        dy = -int(v.motion_y) * 4 // scale
         for row in range(first_row[y0], first_row[y1]):
             for column in range(first_column[x0], first_column[x1]):
                 out[0, row, column] = dx
@@ -108,11 +108,9 @@ def _paint_motion(vectors, width, height, first_column, first_row, out):  # type
 @numba.njit(cache=True, nogil=True)
 def _painted(centre, displacement, size, edge):  # type: ignore[no-untyped-def]
     """The pixels [start, stop) of a block that lie inside the frame together with where they came from."""
-    start = np.int64(centre) - np.int64(size) // 2
-    stop = start + np.int64(size)
-    start = max(start, 0, np.int64(displacement))
-    stop = min(stop, edge, edge + np.int64(displacement))
-    return start, stop
+    start = int(centre) - int(size) // 2
+    stop = start + int(size)
+    return max(start, 0, int(displacement)), min(stop, edge, edge + int(displacement))
 
 
 class Accumulator:
@@ -161,8 +159,8 @@ def _paint_trace(vectors, old, new):  # type: ignore[no-untyped-def]
     new[:] = old
     for i in range(len(vectors)):
         v = vectors[i]
-        dx = np.int64(v.dst_x) - np.int64(v.src_x)
-        dy = np.int64(v.dst_y) - np.int64(v.src_y)
+        dx = int(v.dst_x) - int(v.src_x)
+        dy = int(v.dst_y) - int(v.src_y)
         if v.source >= 0 or (dx == 0 and dy == 0):
             continue
         x0, x1 = _painted(v.dst_x, dx, v.w, width)

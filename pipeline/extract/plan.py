@@ -85,9 +85,7 @@ def _differs(source: VideoSource, sizes: Mapping[str, int | None]) -> bool:
     return now is not None and source.id in sizes and sizes[source.id] != now
 
 
-def _pack(
-    sources: Sequence[VideoSource], missing: Mapping[str, tuple[str, ...]], workers: int
-) -> Iterator[ShardTask]:
+def _pack(sources: Sequence[VideoSource], missing: Mapping[str, tuple[str, ...]], workers: int) -> Iterator[ShardTask]:
     """Runs of sources, in id order, that lack the same features; no more than a shard's bounds each."""
     most = min(SHARD_VIDEOS, max(1, -(-len(sources) // (workers * SHARDS_A_WORKER))))
     number = 0

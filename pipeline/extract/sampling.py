@@ -21,9 +21,7 @@ class FramePolicy:
     def __post_init__(self) -> None:
         match = _PATTERN.fullmatch(self.name)
         if match is None or (match[5] is not None and float(match[5]) == 0):
-            raise SourceError(
-                f"frames {self.name!r} is not a policy; expected middle, uniform:8, random:1 or fps:1"
-            )
+            raise SourceError(f"frames {self.name!r} is not a policy; expected middle, uniform:8, random:1 or fps:1")
 
     def indices(self, frames: int, fps: float, video_id: str) -> npt.NDArray[np.int64]:
         """Ascending indices into ``frames`` frames; a video shorter than N repeats some."""

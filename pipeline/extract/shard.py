@@ -82,9 +82,7 @@ class _WriteFailed(Exception):
 class _ShardRun:
     """The writers of one attempt, one a feature, and the frames that wait for the encoder."""
 
-    def __init__(
-        self, store: str, task: ShardTask, config: ExtractConfig, report: Callable[[Progress], None]
-    ) -> None:
+    def __init__(self, store: str, task: ShardTask, config: ExtractConfig, report: Callable[[Progress], None]) -> None:
         self._task = task
         self._config = config
         self._report = report
@@ -122,7 +120,7 @@ class _ShardRun:
         return Progress(self._task.number, self._videos, self._frames, self._failed)
 
     def _emit(self, rows: MotionRows) -> None:
-        columns = {"pts_seconds": rows.pts_seconds, "picture_type": rows.picture_type}
+        columns: dict[str, npt.NDArray[Any]] = {"pts_seconds": rows.pts_seconds, "picture_type": rows.picture_type}
         try:
             if self._motion:
                 self._motion.append(rows.motion, **columns)
@@ -162,9 +160,7 @@ class _EmbeddingQueue:
         self._tensors: list[Any] = []
 
     @classmethod
-    def for_shard(
-        cls, config: ExtractConfig, writers: Mapping[str, ShardWriter]
-    ) -> "_EmbeddingQueue | None":
+    def for_shard(cls, config: ExtractConfig, writers: Mapping[str, ShardWriter]) -> "_EmbeddingQueue | None":
         writer = _of_kind(config, writers, EMBEDDING)
         return None if writer is None or config.encoder is None else cls(_encoder(config.encoder), writer)
 
@@ -272,5 +268,3 @@ def _facts(source: VideoSource, decoded: DecodedVideo) -> SourceFacts:
         corrupt_frames=decoded.corrupt_frames,
         extra=source.extra,
     )
-
-

@@ -56,9 +56,7 @@ class SourceList:
     skipped: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return (
-            f"SourceList({len(self.videos)} videos, {len(self.classes)} classes, {len(self.skipped)} skipped)"
-        )
+        return f"SourceList({len(self.videos)} videos, {len(self.classes)} classes, {len(self.skipped)} skipped)"
 
 
 def list_sources(source: str | Path) -> SourceList:
@@ -71,9 +69,7 @@ def list_sources(source: str | Path) -> SourceList:
     if os.path.isdir(path):
         return _list_folder(path)
     if not os.path.exists(path):
-        raise SourceError(
-            f"no such source: {readable(given)!r}; expected a folder, a list of videos or a video file"
-        )
+        raise SourceError(f"no such source: {readable(given)!r}; expected a folder, a list of videos or a video file")
     extension = os.path.splitext(path)[1].lower()
     if extension == ".txt":
         return _finish(_read_text(path), f"the list {readable(given)!r}")
@@ -191,9 +187,7 @@ def _table_sources(path: str) -> list[VideoSource]:
     columns["path"] = [None if cell is None else _text(cell) for cell in columns["path"]]
     for row in range(len(table)):
         if not columns["path"][row]:
-            raise SourceError(
-                f"{readable(path)!r}, row {row + 1}: the path is empty; give one or remove the row"
-            )
+            raise SourceError(f"{readable(path)!r}, row {row + 1}: the path is empty; give one or remove the row")
         sources.append(
             replace(
                 _listed(folder, columns["path"][row]),
@@ -240,14 +234,10 @@ def read_table(path: str) -> pa.Table:
                 table = table.set_column(index, name, column)
     except (pa.ArrowException, OSError, UnicodeError, StopIteration) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
-        raise SourceError(
-            f"cannot read the table {readable(path)!r}: {reason}; expected CSV or Parquet"
-        ) from error
+        raise SourceError(f"cannot read the table {readable(path)!r}: {reason}; expected CSV or Parquet") from error
     repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
     if repeated:
-        raise SourceError(
-            f"{readable(path)!r} has several columns {repeated[0]!r}; rename or remove all but one"
-        )
+        raise SourceError(f"{readable(path)!r} has several columns {repeated[0]!r}; rename or remove all but one")
     return table
 
 

@@ -117,22 +117,16 @@ def read_splits(folder: str | Path) -> Splits:
     """
     path = os.fspath(folder)
     classes = _read_classes(os.path.join(path, "classInd.txt"))
-    lists = sorted(
-        (match[2], match[1], name) for name in os.listdir(path) if (match := _LIST_NAME.fullmatch(name))
-    )
+    lists = sorted((match[2], match[1], name) for name in os.listdir(path) if (match := _LIST_NAME.fullmatch(name)))
     if not lists:
-        raise SourceError(
-            f"no split lists in {readable(path)!r}; expected trainlist01.txt and testlist01.txt"
-        )
+        raise SourceError(f"no split lists in {readable(path)!r}; expected trainlist01.txt and testlist01.txt")
     videos: dict[str, ListedVideo] = {}
     for number, part, name in lists:
         split = str(int(number))
         for key, label, where in _read_list(os.path.join(path, name), classes):
             known = videos.get(key) or ListedVideo(label, _group_of(key), {})
             if known.splits.get(split, part) != part:
-                raise SourceError(
-                    f"{where}: {key!r} is in train and in test of split {split}; remove it from one"
-                )
+                raise SourceError(f"{where}: {key!r} is in train and in test of split {split}; remove it from one")
             videos[key] = replace(known, splits={**known.splits, split: part})
     names = tuple(dict.fromkeys(str(int(number)) for number, _, _ in lists))
     return Splits(tuple(classes.values()), names, videos)
@@ -165,9 +159,7 @@ def read_labels_csv(file: str | Path) -> pa.Table:
     if "path" in table.column_names:
         return _filled(labels_table(list_sources(path).videos), named).select(["id", *named])
     if "id" not in table.column_names:
-        raise SourceError(
-            f"{readable(path)!r} has no column 'id' and none 'path'; found {table.column_names}"
-        )
+        raise SourceError(f"{readable(path)!r} has no column 'id' and none 'path'; found {table.column_names}")
     columns = {name: [cell or None for cell in table[name].to_pylist()] for name in ["id", *named]}
     _check_rows(columns, readable(path))
     return _text_table(columns).sort_by("id")
@@ -204,9 +196,7 @@ def merge_labels(table: pa.Table, new: pa.Table) -> pa.Table:
             keep = name in columns and not is_split_column(name)
             columns[name] = pc.coalesce(values, columns[name]) if keep else values
     splits = sorted(name for name in columns if is_split_column(name))
-    return (
-        _filled(pa.table(columns), ["label", "group"]).select(["id", "label", "group", *splits]).sort_by("id")
-    )
+    return _filled(pa.table(columns), ["label", "group"]).select(["id", "label", "group", *splits]).sort_by("id")
 
 
 def _read_classes(path: str) -> dict[int, str]:
@@ -215,9 +205,7 @@ def _read_classes(path: str) -> dict[int, str]:
     for where, line in _lines(path):
         match = _CLASS_LINE.fullmatch(line)
         if not match:
-            raise SourceError(
-                f"{where}: found {line!r}; expected an index and a class name, as in '1 Biking'"
-            )
+            raise SourceError(f"{where}: found {line!r}; expected an index and a class name, as in '1 Biking'")
         if int(match[1]) in classes or match[2] in classes.values():
             raise SourceError(f"{where}: the index or the class of {line!r} is there already; remove one")
         classes[int(match[1])] = match[2]
@@ -235,13 +223,9 @@ def _read_list(path: str, classes: Mapping[int, str]) -> Iterator[tuple[str, str
             raise SourceError(f"{where}: {line!r} has the label {index}, which classInd.txt does not have")
         label = folder or (classes[int(index)] if index is not None else "")
         if label not in names:
-            raise SourceError(
-                f"{where}: {line!r} is of the class {label!r}, which classInd.txt does not have"
-            )
+            raise SourceError(f"{where}: {line!r} is of the class {label!r}, which classInd.txt does not have")
         if index is not None and classes[int(index)] != label:
-            raise SourceError(
-                f"{where}: {line!r} has the label of {classes[int(index)]!r}; mend the label or the path"
-            )
+            raise SourceError(f"{where}: {line!r} has the label of {classes[int(index)]!r}; mend the label or the path")
         yield strip_extension(listed), label, where
 
 
@@ -272,11 +256,7 @@ def _unique_names(keys: Collection[str]) -> dict[str, str]:
 
 
 def _with_labels(video: VideoSource, row: Mapping[str, str | None]) -> VideoSource:
-    splits = {
-        name.removeprefix(SPLIT_PREFIX): value
-        for name, value in row.items()
-        if is_split_column(name) and value
-    }
+    splits = {name.removeprefix(SPLIT_PREFIX): value for name, value in row.items() if is_split_column(name) and value}
     return replace(video, label=row["label"], group=row["group"], splits=splits)
 
 
@@ -286,9 +266,7 @@ def _listed_table(found: Sequence[tuple[str, ListedVideo]], names: Sequence[str]
         "label": [video.label for _, video in found],
         "group": [video.group for _, video in found],
     }
-    return _text_table(
-        columns | {SPLIT_PREFIX + name: [v.splits.get(name) for _, v in found] for name in names}
-    )
+    return _text_table(columns | {SPLIT_PREFIX + name: [v.splits.get(name) for _, v in found] for name in names})
 
 
 def _check_rows(columns: Mapping[str, Sequence[str | None]], path: str) -> None:

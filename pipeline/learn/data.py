@@ -74,13 +74,9 @@ class Motion:
         self.scale = 0.25 if spec.kind == "motion" else 1.0
         self.frames = store.row_counts(self.feature, ids)
         self._start = np.cumsum(self.frames) - self.frames
-        self._is_i = np.concatenate(
-            [types == _I_FRAME for types in store.read_all(self.feature, ids, "picture_type")]
-        )
+        self._is_i = np.concatenate([types == _I_FRAME for types in store.read_all(self.feature, ids, "picture_type")])
         self._block_of, geometries = self._geometries()
-        needed = sum(
-            int(self.frames[self._block_of == b].sum()) * g.row_bytes for b, g in enumerate(geometries)
-        )
+        needed = sum(int(self.frames[self._block_of == b].sum()) * g.row_bytes for b, g in enumerate(geometries))
         self.resident = needed < _RESIDENT_SHARE * free_bytes(device)
         self._offset = np.zeros(len(self.ids), np.int64)
         self._blocks = [self._block(b, geometry) for b, geometry in enumerate(geometries)]
@@ -117,9 +113,7 @@ class Motion:
             parts.append((mine, rows.view(len(mine), frames.shape[1], *rows.shape[1:]), block.geometry))
         return parts
 
-    def prepared(
-        self, parts: list[tuple[Ints, torch.Tensor, Geometry]], views: Views, size: int
-    ) -> torch.Tensor:
+    def prepared(self, parts: list[tuple[Ints, torch.Tensor, Geometry]], views: Views, size: int) -> torch.Tensor:
         """Fetched grids as network input: (n, segments, 2, size, size) float32, clip i under view i."""
         out = None
         for mine, grids, geometry in parts:

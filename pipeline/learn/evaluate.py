@@ -64,9 +64,7 @@ def evaluate_run(
         views = Protocol.parse(protocol) if protocol else Protocol()
         found = evaluate_tsn(loaded, store, split, segments=views.segments, crops=views.crops, device=device)
     elif protocol is not None:
-        raise RunError(
-            f"{loaded.path} is a {loaded.kind}: it reads pooled features and has no protocol {protocol}"
-        )
+        raise RunError(f"{loaded.path} is a {loaded.kind}: it reads pooled features and has no protocol {protocol}")
     else:
         found = evaluate_head(loaded, store, split, device=device)
     write_evaluation(loaded, found)

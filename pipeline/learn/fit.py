@@ -72,9 +72,7 @@ def fit(
             value = float(loss.detach())
             if not math.isfinite(value):
                 good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
-                raise RunError(
-                    f"the loss is {value} at epoch {epoch}, batch {number}; {good}; lower the lr ({lr:g})"
-                )
+                raise RunError(f"the loss is {value} at epoch {epoch}, batch {number}; {good}; lower the lr ({lr:g})")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -120,3 +118,16 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For small networks: threads that wait for each other cost more than they bring, most of all on a busy
+    machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from torch import nn
 
 from moclip.errors import RunError
 from moclip.pipeline.learn.data import Ints, choose_device, shuffled
-from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, seeded
+from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, one_thread, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_run
@@ -69,9 +69,7 @@ def train_fusion(
     :class:`RunError` if the motion run was trained on another split, or the split has changed since.
     """
     if config.motion_run is None:
-        raise RunError(
-            "fusion needs the run of an MV-TSN: train one with `moclip train tsn`, give it as motion run"
-        )
+        raise RunError("fusion needs the run of an MV-TSN: train one with `moclip train tsn`, give it as motion run")
     return _train("fusion", open_store(store_path), out, config, on_epoch)
 
 
@@ -100,9 +98,7 @@ def evaluate_head(run: Run, store: Store, split: str, *, device: str) -> Evaluat
     return score(logits, clips, run.classes, split=split, protocol="pooled", missing=found.missing)
 
 
-def _train(
-    kind: str, store: Store, out: str | Path, config: FusionConfig, on_epoch: OnEpoch | None
-) -> TrainResult:
+def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_epoch: OnEpoch | None) -> TrainResult:
     motion, image = _sources(store, config)
     split = read_split(store, config.split, features=[image], val_fraction=config.val_fraction)
     if motion is not None:
@@ -130,7 +126,7 @@ def _train(
         if on_epoch:
             on_epoch(row)
 
-    with seeded(config.seed):
+    with seeded(config.seed), one_thread():
         head = FusionHead(features.dim, len(split.classes)).to(features.device)
         fitted = fit(
             head,
@@ -142,9 +138,7 @@ def _train(
             on_epoch=record,
         )
     logits = _predict(head, features)[-len(split.test) :]
-    test = score(
-        logits, split.test, split.classes, split=split.name, protocol="pooled", missing=split.missing
-    )
+    test = score(logits, split.test, split.classes, split=split.name, protocol="pooled", missing=split.missing)
     return writer.finish(kind, fitted, test)
 
 

@@ -45,9 +45,7 @@ def pool(
             yield videos, frames, rows.view(len(videos), crops, segments, -1).mean(1).cpu()
 
 
-def write_pooled(
-    path: Path, features: Features, motion: Motion, *, size: int, weights_sha256: str
-) -> torch.Tensor:
+def write_pooled(path: Path, features: Features, motion: Motion, *, size: int, weights_sha256: str) -> torch.Tensor:
     """Write every video's pooled features as a store of its own; returns their means over segments (videos,
     D).
     """

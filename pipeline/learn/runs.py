@@ -64,9 +64,7 @@ class Run:
         try:
             return dict(load_file(self.path / "model.safetensors"))
         except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{self.path}/model.safetensors cannot be read ({error}); train the run again"
-            ) from error
+            raise RunError(f"{self.path}/model.safetensors cannot be read ({error}); train the run again") from error
 
     @property
     def finished(self) -> bool:
@@ -77,9 +75,7 @@ class Run:
         for name, trained in self.features.items():
             found = store.features.get(name)
             if found is None or found.digest != trained.digest:
-                what = (
-                    "has no such feature" if found is None else "holds another specification under that name"
-                )
+                what = "has no such feature" if found is None else "holds another specification under that name"
                 raise RunError(
                     f"{self.path} was trained on {name} ({trained.digest}), but {store.path} {what}; "
                     "extract it as it was, or train on this store"
@@ -105,9 +101,7 @@ def load_run(path: str | Path, *, kind: str | None = None) -> Run:
             config=dict(data["config"]),
         )
     except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path} is not a moclip run: its config.json is missing or incomplete ({error!r})"
-        ) from error
+        raise RunError(f"{path} is not a moclip run: its config.json is missing or incomplete ({error!r})") from error
     except json.JSONDecodeError as error:
         raise RunError(f"{path}/config.json is not JSON ({error}); train the run again") from error
     if run.kind not in KINDS or (kind is not None and run.kind != kind):

@@ -98,9 +98,7 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     return Split(name, tuple(classes), sides["train"], sides["val"], sides["test"], missing, digest)
 
 
-def read_labelled(
-    store: Store, split: str | None, *, feature: str
-) -> tuple[Clips, tuple[str, ...], dict[str, int]]:
+def read_labelled(store: Store, split: str | None, *, feature: str) -> tuple[Clips, tuple[str, ...], dict[str, int]]:
     """The test clips of a split, or every labelled clip, with rows of ``feature``; the classes; who is
     missing.
     """
@@ -109,9 +107,7 @@ def read_labelled(
         table = table.filter(pc.equal(table["part"], "test"))
     table = table.filter(table["label"].is_valid())
     if not len(table):
-        raise RunError(
-            f"{store.path} has no labelled clip to test; label it with `moclip label STORE --csv FILE`"
-        )
+        raise RunError(f"{store.path} has no labelled clip to test; label it with `moclip label STORE --csv FILE`")
     targets, classes = _classes(store, table if split is None else split_table(store, split))
     if split is not None:
         position = {name: i for i, name in enumerate(classes)}
@@ -127,9 +123,7 @@ def split_table(store: Store, name: str) -> pa.Table:
     columns = [column for column in store.labels.column_names if column.startswith("split_")]
     if not len(store.labels) or not columns:
         what = "labels" if not len(store.labels) else "splits"
-        raise RunError(
-            f"{store.path} has no {what}; add them with `moclip label STORE --splits DIR | --csv FILE`"
-        )
+        raise RunError(f"{store.path} has no {what}; add them with `moclip label STORE --splits DIR | --csv FILE`")
     if f"split_{name}" not in columns:
         there = ", ".join(column.removeprefix("split_") for column in columns)
         raise RunError(f"{store.path} has no split {name!r}; it has: {there}")

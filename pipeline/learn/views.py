@@ -28,9 +28,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if (self.gw, self.gh) != (-(-self.width // self.cell), -(-self.height // self.cell)):
-            raise ValueError(
-                f"a {self.gw}x{self.gh} grid of {self.cell} px cells is not of {self.width}x{self.height}"
-            )
+            raise ValueError(f"a {self.gw}x{self.gh} grid of {self.cell} px cells is not of {self.width}x{self.height}")
 
     @property
     def row_bytes(self) -> int:
@@ -59,7 +57,9 @@ class Views:
 
 
 def random_views(n: int, size: int, rng: np.random.Generator, *, mirror: bool = True) -> Views:
-    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases or never."""
+    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases or
+    never.
+    """
     resize = np.array([size * s // _BASE for s in _TRAIN_SIZES])[rng.integers(len(_TRAIN_SIZES), size=n)]
     left, top = (rng.integers(0, resize - size + 1) for _ in range(2))
     mirrored = (rng.random(n) < 0.5) & mirror
@@ -85,9 +85,7 @@ def quantise(pixels: torch.Tensor) -> torch.Tensor:
     return (torch.trunc(pixels * (127.5 / 20)) + 128).clamp_(0, 255).div_(255).sub_(0.5)
 
 
-def prepare(
-    grids: torch.Tensor, geometry: Geometry, views: Views, size: int, scale: float = 1.0
-) -> torch.Tensor:
+def prepare(grids: torch.Tensor, geometry: Geometry, views: Views, size: int, scale: float = 1.0) -> torch.Tensor:
     """Grids (n, segments, 2, gh, gw), times ``scale`` in pixels, under one view a clip: (n, segments, 2,
     size, size).
 

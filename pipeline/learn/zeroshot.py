@@ -78,9 +78,7 @@ def _encoder_of(store: Store, feature: str, weights: str | None, device: str) ->
     parameters = store.features[feature].parameters
     made_by = str(parameters.get("encoder"))
     if not made_by.startswith("open_clip:"):
-        raise RunError(
-            f"{feature} was made by {made_by}, which has no text side; extract with an open_clip encoder"
-        )
+        raise RunError(f"{feature} was made by {made_by}, which has no text side; extract with an open_clip encoder")
     encoder = load_encoder(EncoderConfig(made_by, weights), device)
     if encoder.weights_sha256 != parameters.get("weights_sha256"):
         raise RunError(
