@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from moclip.errors import MoclipError
 
 if TYPE_CHECKING:
     from moclip.pipeline.extract.jobs import Prepared, Summary
+    from moclip.pipeline.learn.metrics import Metrics
+    from moclip.pipeline.learn.runs import TrainResult
     from moclip.store import StoreInfo
 
 INTERRUPTED = 130
@@ -293,6 +295,203 @@ def _print_info(found: "StoreInfo") -> None:
         click.echo(f"{len(found.labels)} classes, {sum(found.labels.values())} labelled videos")
     for name, parts in found.splits.items():
         click.echo(f"split {name}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
+
+
+_Option = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _options(*options: _Option) -> _Option:
+    """Several options as one decorator, in the order given."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_TRAINING = _options(
+    click.option("--split", required=True, metavar="NAME", help="The split of the store to train and test on."),
+    click.option("--out", required=True, type=_NEW, help="The run directory to make."),
+    click.option("--epochs", type=int, help="Passes over the training part."),
+    click.option("--batch", type=int, help="Clips a step."),
+    click.option("--lr", type=float, help="Learning rate."),
+    click.option("--segments", type=int, help="Segments a clip in training."),
+    click.option(
+        "--val-fraction", type=float, help="Part of train, in whole groups, that chooses the epoch; 0 takes the last."
+    ),
+    click.option("--seed", type=int, help="Fixes every random choice."),
+    click.option("--device", help="cpu, cuda or auto."),
+)
+
+
+@main.group()
+def train() -> None:
+    """Train a model from a store alone; no video is opened.
+
+    \b
+    Example:
+      moclip train tsn corpus.zarr --split 1 --out runs/tsn
+    """
+
+
+@train.command()
+@click.argument("store", type=_EXISTING)
+@_TRAINING
+@click.option("--feature", help="motion-accumulated (default), motion, or another name.")
+@click.option("--backbone", metavar="NAME", help="timm:<model>.  [default: timm:efficientnet_b0]")
+@click.option("--weights", help="A file with the backbone's weights, instead of a download; none: from scratch.")
+@click.option("--input-size", type=int, metavar="PX", help="Side of the network's input.  [default: 224]")
+@click.option("--no-mirror", is_flag=True, help="For classes that left and right tell apart.")
+def tsn(store: Path, out: Path, no_mirror: bool, **options: Any) -> None:
+    """Train MV-TSN, a network on motion vectors. Its pooled features stay in the run, for fusion.
+
+    \b
+    Example:
+      moclip train tsn ucf101.zarr --split 1 --out runs/tsn --epochs 200
+    """
+    from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
+
+    config = TSNConfig(**_given(options), mirror=not no_mirror)
+    with _training_bar(config.epochs) as on_epoch:
+        result = train_tsn(store, out, config, on_epoch=on_epoch)
+    _print_result(result)
+
+
+@train.command()
+@click.argument("store", type=_EXISTING)
+@_TRAINING
+@click.option("--motion-run", required=True, type=_EXISTING, help="The run of `moclip train tsn`, of the same split.")
+@click.option("--feature", help="The embedding, where the store has several.")
+def fusion(store: Path, out: Path, motion_run: Path, **options: Any) -> None:
+    """Train the late fusion of a frozen MV-TSN and the image embedding. Runs no CNN.
+
+    \b
+    Example:
+      moclip train fusion ucf101.zarr --split 1 --motion-run runs/tsn --out runs/fusion
+    """
+    from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
+
+    config = FusionConfig(**_given(options), motion_run=str(motion_run))
+    with _training_bar(config.epochs) as on_epoch:
+        result = train_fusion(store, out, config, on_epoch=on_epoch)
+    _print_result(result)
+
+
+@train.command()
+@click.argument("store", type=_EXISTING)
+@_TRAINING
+@click.option("--feature", help="The embedding, where the store has several.")
+def probe(store: Path, out: Path, **options: Any) -> None:
+    """Train the control: the fusion's classifier on the image embedding alone.
+
+    \b
+    Example:
+      moclip train probe ucf101.zarr --split 1 --out runs/probe
+    """
+    from moclip.pipeline.learn.fusion import FusionConfig, train_probe
+
+    config = FusionConfig(**_given(options))
+    with _training_bar(config.epochs) as on_epoch:
+        result = train_probe(store, out, config, on_epoch=on_epoch)
+    _print_result(result)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What was said on the command line; the configuration knows the defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@contextmanager
+def _training_bar(epochs: int) -> Iterator[Any]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("train"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=_console()) as bar:
+        line = bar.add_task("", total=epochs)
+
+        def on_epoch(row: Any) -> None:
+            said = f"epoch {row.epoch}/{epochs} · loss {row.train_loss:.3f}"
+            if row.val_top1 is not None:
+                said += f" · held out {100 * row.val_top1:.1f} %"
+            bar.update(line, completed=row.epoch, description=said)
+
+        yield on_epoch
+
+
+def _print_result(result: "TrainResult") -> None:
+    best = result.best
+    chosen = "the last" if best.val_top1 is None else f"chosen on the held-out part, {100 * best.val_top1:.1f} % there"
+    click.echo(f"{result.kind}: epoch {best.epoch} ({chosen}); {result.seconds:.1f} s")
+    _print_metrics(result.test)
+    click.echo(f"run: {result.run}")
+
+
+def _print_metrics(metrics: "Metrics", per_class: bool = False) -> None:
+    click.echo(
+        f"split {metrics.split}, {metrics.clips} test clips, {metrics.protocol}: top-1 {100 * metrics.top1:.1f} %, "
+        f"top-5 {100 * metrics.top5:.1f} %, mean over classes {100 * metrics.mean_class_accuracy:.1f} %"
+    )
+    for reason, count in metrics.missing.items():
+        click.echo(f"  {count} labelled clips are not in these numbers: {reason}")
+    if per_class:
+        for name, found in metrics.per_class.items():
+            shown = "no clips" if found.accuracy is None else f"{100 * found.accuracy:5.1f} %"
+            click.echo(f"  {shown}  {found.n:4d}  {name}")
+
+
+@main.command()
+@click.argument("run", type=_EXISTING)
+@click.argument("store", type=_EXISTING)
+@click.option("--split", metavar="NAME", help="The split to test on.  [default: the run's]")
+@click.option(
+    "--protocol", metavar="SxC", help="For MV-TSN: segments x crops, such as 25x1, 25x10, 32x1.  [default: 25x1]"
+)
+@click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
+def evaluate(run: Path, store: Path, **options: Any) -> None:
+    """Test a run on a store. Classes are matched by name; results go into RUN/evaluations.
+
+    \b
+    Example:
+      moclip evaluate runs/tsn ucf101.zarr --protocol 25x10
+    """
+    from moclip.pipeline.learn.evaluate import evaluate_run
+
+    _print_metrics(evaluate_run(run, store, **options).metrics, per_class=True)
+
+
+@main.command()
+@click.argument("store", type=_EXISTING)
+@click.option("--split", metavar="NAME", help="Only this split's test part.  [default: all labelled videos]")
+@click.option("--feature", default="embedding", help="The embedding, where the store has several.", show_default=True)
+@click.option("--weights", type=_EXISTING, help="A file with the encoder's weights, instead of a download.")
+@click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
+def zeroshot(store: Path, weights: Path | None, **options: Any) -> None:
+    """Classify stored CLIP embeddings by the names of the classes, without training.
+
+    \b
+    Example:
+      moclip zeroshot ucf101.zarr --split 1
+    """
+    from moclip.pipeline.learn.zeroshot import zeroshot as classify
+
+    found = classify(store, weights=None if weights is None else str(weights), **options)
+    _print_metrics(found.metrics, per_class=True)
+
+
+@main.command()
+@click.option("--out", type=_NEW, default=Path("moclip-demo"), help="Where it goes.", show_default=True)
+def demo(out: Path) -> None:
+    """The whole way on a small generated corpus, offline, in about three minutes.
+
+    \b
+    Example:
+      moclip demo --out /tmp/demo
+    """
+    from moclip.pipeline.demo import run_demo
+
+    run_demo(out, click.echo)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,21 @@
 """Frozen image encoders under their library's names, with their library's own preprocessing.
 
-``open_clip:<model>/<weights>`` is a CLIP-like model with an image and a text side, ``timm:<model>`` an
-image backbone whose pooled features are the embedding. Weights come by name through the library, or from a
-file. torch, timm and open_clip take seconds to import, so they are imported where they are used.
+``open_clip:<model>/<weights>`` is a CLIP-like model with an image and a text side, ``timm:<model>`` an image
+backbone whose pooled features are the embedding. Weights come by name through the library, or from a file.
+torch, timm and open_clip take seconds to import, so they are imported where they are used.
 """
 
-import hashlib
 import logging
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moclip.errors import EncoderError
+from moclip.pipeline.weights import hash_weights, load_strictly, quiet_root_logger, reaching_weights, read_weights
 from moclip.store import FeatureSpec
 
 if TYPE_CHECKING:
@@ -27,13 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_HUB_TIMEOUT_S = 3.0
-
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Which encoder: ``open_clip:<model>/<weights>`` or ``timm:<model>``, and a file that replaces its
-    weights.
+    """Which encoder, ``open_clip:<model>/<weights>`` or ``timm:<model>``, and a file that replaces its weights.
 
     With a file, open_clip's weights name may be left out; it then only chooses the preprocessing.
     """
@@ -87,9 +80,7 @@ class Encoder:
         return _rows(rows)
 
     def encode_text(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Texts to embeddings (n, dim), not normalised. :class:`EncoderError` if the encoder has no text
-        side.
-        """
+        """Texts to embeddings (n, dim), not normalised. :class:`EncoderError` if the encoder has no text side."""
         import torch
 
         if self._tokenizer is None:
@@ -118,9 +109,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a library gives for a name: the model, its transform, the transform in JSON, a tokenizer or
-    None.
-    """
+    """What a library gives for a name: the model, its transform, the transform in JSON, a tokenizer or None."""
 
     model: Any
     transform: Callable[[Any], "torch.Tensor"]
@@ -129,9 +118,7 @@ class _Parts:
 
 
 def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
-    """Build an encoder. :class:`EncoderError`, in one line, if it is unknown or its weights are out of
-    reach.
-    """
+    """Build an encoder. :class:`EncoderError`, in one line, if it is unknown or its weights are out of reach."""
     import torch
 
     parts = _BUILDERS[config.library](config)
@@ -156,71 +143,24 @@ def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
 def timm_backbone(model: str, weights: str | None = None, *, pretrained: bool = True) -> Any:
     """A timm model without its classifier: images to pooled features, ``num_features`` long.
 
-    Its weights are those of the file ``weights``, else timm's own by name, else (``pretrained=False``)
-    random.
+    Its weights are those of the file ``weights``, else timm's own by name, else (``pretrained=False``) random.
     """
     import timm
 
     if not model.startswith("hf-hub:") and not timm.is_model(model):
         close = ", ".join(timm.list_models(f"*{model.split('.')[0]}*")[:5])
         raise EncoderError(f"timm has no model {model!r}" + (f"; close to it: {close}" if close else ""))
-    if weights is not None:
+    if weights is not None or not pretrained:
         backbone = timm.create_model(model, pretrained=False, num_classes=0)
-        _load_strictly(backbone, _without_head(read_weights(weights), backbone), weights)
+        if weights is not None:
+            load_strictly(backbone, _without_head(read_weights(weights), backbone), weights)
         return backbone
-    if pretrained and not model.startswith("hf-hub:"):
+    if not model.startswith("hf-hub:"):
         known = timm.get_pretrained_cfg(model, allow_unregistered=True)
         if known is None or not known.has_weights:
             raise EncoderError(f"timm has no weights for {model!r}; give a file with --weights FILE")
-    with _reaching(f"timm:{model}"):
-        return timm.create_model(model, pretrained=pretrained, num_classes=0)
-
-
-def read_weights(file: str | Path) -> dict[str, "torch.Tensor"]:
-    """The tensors of a safetensors file or of a plain ``torch.save``, out of the usual wrappers.
-
-    Nothing in the file is executed. :class:`EncoderError` if it holds anything but named tensors.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if Path(file).suffix == ".safetensors":
-            found: Any = load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise EncoderError(f"no weights file {file}") from None
-    except (OSError, SafetensorError) as error:
-        raise EncoderError(f"the weights file {file} cannot be read: {error}") from error
-    except Exception as error:  # torch.load raises whatever its parsers raise
-        reason = str(error).splitlines()[0]
-        raise EncoderError(
-            f"the weights file {file} is neither safetensors nor a plain state dict of tensors ({reason}); "
-            "save it with safetensors.torch.save_file(model.state_dict(), FILE)"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-    tensors = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
-    if not tensors or not found:
-        raise EncoderError(f"the weights file {file} holds no state dict of tensors")
-    if all(name.startswith("module.") for name in found):
-        found = {name.removeprefix("module."): value for name, value in found.items()}
-    return dict(found)
-
-
-def hash_weights(state: Mapping[str, "torch.Tensor"]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, in order of names."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    with reaching_weights(f"timm:{model}"):
+        return timm.create_model(model, pretrained=True, num_classes=0)
 
 
 def _build_timm(config: EncoderConfig) -> _Parts:
@@ -254,7 +194,7 @@ def _build_open_clip(config: EncoderConfig) -> _Parts:
         )  # fmt: skip
     known = {field.name for field in fields(PreprocessCfg)}
     options: dict[str, Any] = {"force_preprocess_cfg": {k: v for k, v in weights.items() if k in known}}
-    with _reaching(config.name), _quiet_root_logger():
+    with reaching_weights(config.name), quiet_root_logger():
         if config.weights is None:
             options["pretrained"] = open_clip.pretrained.download_pretrained(weights)
         model = open_clip.create_model(name, pretrained_text=False, **options)
@@ -263,7 +203,7 @@ def _build_open_clip(config: EncoderConfig) -> _Parts:
         state = read_weights(config.weights)
         if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
             state = open_clip.model.convert_to_custom_text_state_dict(state)
-        _load_strictly(model, state, config.weights)
+        load_strictly(model, state, config.weights)
     preprocessing = PreprocessCfg(**model.visual.preprocess_cfg)
     transform = image_transform_v2(preprocessing, is_train=False)
     return _Parts(model, transform, {"library": "open_clip", **_plain(asdict(preprocessing))}, tokenizer)
@@ -277,68 +217,6 @@ def _without_head(state: dict[str, "torch.Tensor"], backbone: Any) -> dict[str, 
     prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     own = backbone.state_dict()
     return {name: value for name, value in state.items() if name in own or not name.startswith(prefixes)}
-
-
-def _load_strictly(model: Any, state: Mapping[str, "torch.Tensor"], file: str) -> None:
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise EncoderError(f"the weights file {file} is of another model: {' '.join(lines)[:300]}") from error
-
-
-@contextmanager
-def _reaching(name: str) -> Iterator[None]:
-    """Let a library fetch weights, from its cache alone where the hub does not answer, and say so if it
-    fails.
-
-    The hub's client retries for most of a minute before it gives up; one short question is enough to know.
-    """
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or not _answers(constants.ENDPOINT)
-    try:
-        yield
-    except EncoderError:
-        raise
-    except Exception as error:
-        log.debug("loading %s failed", name, exc_info=error)
-        if not constants.HF_HUB_OFFLINE:
-            raise EncoderError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
-        raise EncoderError(
-            f"the weights of {name} are not cached and {constants.ENDPOINT} is out of reach: give them with "
-            "--weights FILE, run once where it is reachable, or use --encoder none"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_TIMEOUT_S):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    """open_clip logs on the root logger, which would install a handler there for good."""
-    root, handler = logging.getLogger(), logging.NullHandler()
-
-    def errors_only(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    root.addHandler(handler)
-    root.addFilter(errors_only)
-    try:
-        yield
-    finally:
-        root.removeFilter(errors_only)
-        root.removeHandler(handler)
 
 
 def _rows(rows: "torch.Tensor") -> npt.NDArray[np.float32]:

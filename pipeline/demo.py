@@ -50,9 +50,7 @@ class Codec:
 #: One after the other, scene by scene: short GOPs and long ones, with B-frames and without.
 CODECS = (
     Codec("mpeg4", ".avi", {"g": "12", "b": "1M"}),
-    Codec(
-        "libx264", ".mp4", {"g": "24", "bf": "2", "crf": "20", "x264-params": "chroma-me=0:log-level=none"}
-    ),
+    Codec("libx264", ".mp4", {"g": "24", "bf": "2", "crf": "20", "x264-params": "chroma-me=0:log-level=none"}),
     Codec("mpeg2video", ".mpg", {"g": "12", "bf": "0", "b": "2M"}),
 )
 
@@ -74,9 +72,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         if self.frames % 2 == 0:
-            raise ValueError(
-                f"{self.frames} frames have no middle one: up and down could be told apart by it"
-            )
+            raise ValueError(f"{self.frames} frames have no middle one: up and down could be told apart by it")
 
     def name(self, label: str) -> str:
         """The clip's path below the corpus, as UCF101 names its clips."""

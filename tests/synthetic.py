@@ -1,5 +1,6 @@
 """Small stores with known content, written with the store's own writer: nothing is decoded."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,3 +150,27 @@ def label(path: Path, clips: Sequence[Clip], classes: Sequence[str] = CLASSES) -
     for name in names:
         columns[f"split_{name}"] = pa.array([(clip.splits or {}).get(name) for clip in clips], text)
     write_labels(path, pa.table(columns), list(classes))
+
+
+def tiny_clip(folder: Path, *, quick_gelu: bool = True) -> tuple[str, Path]:
+    """A CLIP of a few thousand image weights, known to open_clip: its model name and a file of random weights."""
+    import open_clip
+    import torch
+
+    name = "moclip-tiny-quickgelu" if quick_gelu else "moclip-tiny"
+    tower = {"width": 32, "layers": 1}
+    architecture = {
+        "embed_dim": EMBEDDING_DIM,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "head_width": 16, **tower},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "heads": 2, **tower},
+    }
+    config = folder / f"{name}.json"
+    config.write_text(json.dumps(architecture))
+    open_clip.add_model_config(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = open_clip.model.CLIP(**architecture)
+    file = folder / f"{name}.pt"
+    torch.save(model.state_dict(), file)
+    return name, file

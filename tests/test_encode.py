@@ -91,9 +91,7 @@ class TestBadVideos:
 
     def test_one_frame_and_odd_names(self, tmp_path: Path) -> None:
         assert len(decoded(videos.one_frame(tmp_path / "one.avi"))) == 1
-        assert [len(decoded(path)) for path in videos.odd_names(tmp_path / "odd")] == [6] * len(
-            videos.ODD_NAMES
-        )
+        assert [len(decoded(path)) for path in videos.odd_names(tmp_path / "odd")] == [6] * len(videos.ODD_NAMES)
 
     def test_damage_is_concealed(self, tmp_path: Path) -> None:
         frames = decoded(videos.damaged_avi(tmp_path / "bad.avi"))

@@ -20,7 +20,7 @@ from moclip.pipeline.backbones import EncoderConfig
 from moclip.pipeline.extract import jobs
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.plan import make_plan
-from moclip.pipeline.extract.shard import ShardTask, extract_shard, record_failure
+from moclip.pipeline.extract.shard import ShardTask, record_failure
 from moclip.pipeline.extract.sources import list_sources
 from moclip.store import create_store, failed_entries, open_store, publish
 
@@ -74,24 +74,18 @@ def assert_same_content(a, b):
             assert (cosine >= 0.99999).all(), key
 
 
-def extract_serially(source, store, request, **options):
-    """The same work without Dask, for tests of everything else."""
+def extract(source, store, request, **options):
     job = jobs.Job(source, store, request, workers=1, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "_run_tasks", _serial)
-        return jobs.run(jobs.prepare(job))
-
-
-def _serial(prepared, totals):
-    for task in prepared.plan.tasks:
-        totals.update(extract_shard(str(prepared.job.store), task, prepared.config, totals.update))
+    return jobs.run(jobs.prepare(job))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, corpus, weights):
+def undisturbed(tmp_path_factory, corpus, weights, run_tasks_here):
+    """All features of the corpus, made without Dask."""
     store = tmp_path_factory.mktemp("undisturbed") / "store.zarr"
-    request = FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(weights)))
-    extract_serially(corpus, store, request)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "_run_tasks", run_tasks_here)
+        extract(corpus, store, FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(weights))))
     return store
 
 
@@ -132,6 +126,7 @@ def _refuse():
     raise OSError("Timed out trying to connect")
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_broken_videos_are_failed_entries_and_lose_nothing(tmp_path, corpus, request_):
     source = tmp_path / "videos"
     source.mkdir()
@@ -147,7 +142,7 @@ def test_broken_videos_are_failed_entries_and_lose_nothing(tmp_path, corpus, req
     if videos.has_encoder("libx265"):
         videos.make_clip(source / "hevc.mkv", codec="libx265")
     store = tmp_path / "store.zarr"
-    extract_serially(source, store, request_)
+    extract(source, store, request_)
     opened = open_store(store)
     reasons = {(row["id"], row["feature"]): row["reason"] for row in failed_entries(opened)}
     embedding = opened.resolve("embedding")
@@ -169,6 +164,7 @@ def test_broken_videos_are_failed_entries_and_lose_nothing(tmp_path, corpus, req
     assert opened.ids("motion") == ["good"]
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_failed_videos_wait_for_retry_failed(tmp_path):
     source = tmp_path / "videos"
     source.mkdir()
@@ -176,37 +172,40 @@ def test_failed_videos_wait_for_retry_failed(tmp_path):
     clip.write_bytes(b"")
     request = FeatureRequest(kinds=("motion",))
     store = tmp_path / "store.zarr"
-    extract_serially(source, store, request)
+    extract(source, store, request)
     videos.make_clip(clip)
     left = jobs.prepare(jobs.Job(source, store, request))
     assert (left.plan.tasks, left.plan.failed_before) == ((), ("clip",))
-    summary = extract_serially(source, store, request, retry_failed=True)
+    summary = extract(source, store, request, retry_failed=True)
     assert (summary.ok, summary.failures) == (1, {})
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_a_changed_file_is_listed_and_left_alone(tmp_path):
     source = tmp_path / "videos"
     source.mkdir()
     clip = videos.make_clip(source / "clip.avi", frames=12)
     request = FeatureRequest(kinds=("motion",))
     store = tmp_path / "store.zarr"
-    extract_serially(source, store, request)
+    extract(source, store, request)
     videos.make_clip(clip, frames=20)
     left = jobs.prepare(jobs.Job(source, store, request))
     assert (left.plan.tasks, left.plan.changed) == ((), ("clip",))
-    extract_serially(source, store, request, replace_changed=True)
+    extract(source, store, request, replace_changed=True)
     assert len(open_store(store).read("motion", "clip")) == 20
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_a_feature_is_added_beside_what_is_there(tmp_path, corpus, request_, undisturbed):
     store = tmp_path / "store.zarr"
     shutil.copytree(undisturbed, store)
     before = {p: p.read_bytes() for p in (store / "features").rglob("*") if p.is_file()}
-    extract_serially(corpus, store, FeatureRequest(kinds=("motion",), cell=16, rename="motion-16"))
+    extract(corpus, store, FeatureRequest(kinds=("motion",), cell=16, rename="motion-16"))
     assert open_store(store).read("motion-16", "left/clip_g00_c01").shape[1:] == (2, 6, 8)
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_max_failures(tmp_path):
     source = tmp_path / "videos"
     source.mkdir()
@@ -214,26 +213,28 @@ def test_max_failures(tmp_path):
         videos.zero_bytes(source / f"{i}.avi")
     request = FeatureRequest(kinds=("motion",))
     with pytest.raises(TooManyFailuresError, match=r"3 failed entries, 2 allowed \(motion empty: 3\)"):
-        extract_serially(source, tmp_path / "s.zarr", request, max_failures=2)
+        extract(source, tmp_path / "s.zarr", request, max_failures=2)
     assert len(failed_entries(open_store(tmp_path / "s.zarr"))) == 3
-    extract_serially(source, tmp_path / "s.zarr", request, max_failures=3)
+    extract(source, tmp_path / "s.zarr", request, max_failures=3)
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_names_that_are_hard_on_paths(tmp_path):
     source = tmp_path / "videos"
     names = videos.odd_names(source)
-    extract_serially(source, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+    extract(source, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
     store = open_store(tmp_path / "s.zarr")
     assert len(store.ids("motion")) == len(names)
     assert failed_entries(store) == []
     assert all(len(store.read("motion", video_id)) == 6 for video_id in store.ids("motion"))
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_a_missing_path_of_a_list_is_a_failed_entry(tmp_path):
     videos.make_clip(tmp_path / "a.avi")
     table = tmp_path / "list.csv"
     table.write_text("path,label,rating\na.avi,x,5\nb.avi,y,3\n")
-    summary = extract_serially(table, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+    summary = extract(table, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
     assert dict(summary.failures) == {("motion", "missing"): 1}
     assert open_store(tmp_path / "s.zarr").videos["rating"].to_pylist() == [5, 3]
 
@@ -245,6 +246,7 @@ def test_no_weights_is_said_before_any_video_is_opened(tmp_path, corpus):
     assert not (tmp_path / "s.zarr").exists()
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_an_error_of_one_video_is_its_own(tmp_path, corpus, monkeypatch, caplog):
     from moclip.pipeline.extract import shard
 
@@ -256,11 +258,12 @@ def test_an_error_of_one_video_is_its_own(tmp_path, corpus, monkeypatch, caplog)
         return real(path, video_id, config, emit)
 
     monkeypatch.setattr(shard, "decode_video", decode)
-    summary = extract_serially(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+    summary = extract(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
     assert (summary.ok, dict(summary.failures)) == (11, {("motion", "error"): 1})
     assert "unheard of" in failed_entries(open_store(tmp_path / "s.zarr"))[0]["detail"]
 
 
+@pytest.mark.usefixtures("without_dask")
 def test_a_store_that_cannot_be_written_is_no_video_s_fault(tmp_path, corpus, monkeypatch):
     from moclip.store import ShardWriter
 
@@ -269,7 +272,7 @@ def test_a_store_that_cannot_be_written_is_no_video_s_fault(tmp_path, corpus, mo
 
     monkeypatch.setattr(ShardWriter, "append", append)
     with pytest.raises(OSError, match="No space left"):
-        extract_serially(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
+        extract(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",)))
     assert failed_entries(open_store(tmp_path / "s.zarr")) == []
 
 

@@ -103,9 +103,7 @@ class TestTextList:
         return folder / "list.txt"
 
     def test_lines(self, tmp_path: Path) -> None:
-        content = (
-            b"\xef\xbb\xbf# videos\n\n  \nc/x.avi\tOne label\r\n../side/y.avi\n/far/away/z.avi\n\xff.mp4\t\n"
-        )
+        content = b"\xef\xbb\xbf# videos\n\n  \nc/x.avi\tOne label\r\n../side/y.avi\n/far/away/z.avi\n\xff.mp4\t\n"
         sources = list_sources(self.write(tmp_path, content))
         assert [(v.id, v.label) for v in sources.videos] == [
             ("\\xff", None),
@@ -208,23 +206,17 @@ def test_empty_source(tree: Tree) -> None:
         list_sources(tree("a/x.txt", "b/y.txt"))
 
 
-NAMES = st.text(
-    st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=12
-).filter(lambda name: name not in (".", ".."))
-
-
-@given(
-    st.lists(st.tuples(NAMES, NAMES, st.sampled_from([".avi", ".mp4", ".avi.mp4"])), min_size=1, unique=True)
+NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=12).filter(
+    lambda name: name not in (".", "..")
 )
-def test_ids_are_unique_sorted_text(
-    tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, ...]]
-) -> None:
+
+
+@given(st.lists(st.tuples(NAMES, NAMES, st.sampled_from([".avi", ".mp4", ".avi.mp4"])), min_size=1, unique=True))
+def test_ids_are_unique_sorted_text(tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, ...]]) -> None:
     """Whatever the names: every row of a list becomes one source, known by its own relative path."""
     folder = tmp_path_factory.mktemp("list")
     paths = [f"{parent}/{name}{extension}" for parent, name, extension in files]
-    pq.write_table(
-        pa.table({"path": pa.array([p.encode() for p in paths], pa.binary())}), folder / "list.parquet"
-    )
+    pq.write_table(pa.table({"path": pa.array([p.encode() for p in paths], pa.binary())}), folder / "list.parquet")
     sources = list_sources(folder / "list.parquet")
     assert sorted(v.relative_path for v in sources.videos) == sorted(paths)
     assert ids(sources) == sorted(set(ids(sources)))

@@ -85,9 +85,7 @@ class TestReading:
             read_splits(tmp_path)
 
     def test_names_with_spaces(self, tmp_path: Path) -> None:
-        lists = write_lists(
-            tmp_path, classInd="1 Long jump\n", trainlist01="Long jump/a 2 b.avi 1\n", testlist01=""
-        )
+        lists = write_lists(tmp_path, classInd="1 Long jump\n", trainlist01="Long jump/a 2 b.avi 1\n", testlist01="")
         assert read_splits(lists).videos["Long jump/a 2 b"].label == "Long jump"
 
 
@@ -142,9 +140,7 @@ class TestTables:
         assert made.equals(table(["a", "b"], label=[None, "B"], split_two=[None, "val"]))
 
     def test_merging(self) -> None:
-        old = table(
-            ["a", "b", "c"], label=["1", "2", "3"], group=["g", None, None], split_1=["train", "test", None]
-        )
+        old = table(["a", "b", "c"], label=["1", "2", "3"], group=["g", None, None], split_1=["train", "test", None])
         new = pa.table({"id": ["c", "b", "z"], "label": ["new", None, "z"], "split_1": ["test", None, "val"]})
         expected = table(
             ["a", "b", "c"], label=["1", "2", "new"], group=["g", None, None], split_1=[None, None, "test"]

@@ -34,6 +34,7 @@ class FeatureRequest:
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown:
             raise SourceError(f"unknown feature {unknown[0]!r}; expected one of: {', '.join(KINDS)}")
+        FramePolicy(self.frames)
         if not 1 <= self.cell <= 256:
             raise SourceError(f"a cell of {self.cell} pixels cannot be used; expected 1 to 256")
         if not self.wanted:

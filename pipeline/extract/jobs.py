@@ -222,8 +222,8 @@ def _client(prepared: Prepared) -> Iterator[Any]:
                 n_workers=min(prepared.workers, len(prepared.plan.tasks)),
                 threads_per_worker=1,
                 host="127.0.0.1",
-                dashboard_address=None,
-                silence_logs=False,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
                 env=environment,
             )
         with cluster, Client(cluster) as client:

@@ -50,9 +50,7 @@ def middle_indices(frames: npt.ArrayLike, segments: int) -> Ints:
 
 @dataclass(frozen=True)
 class _Block:
-    """All rows of the videos of one geometry, (rows, 2, gh, gw) int16, or None where they stay in the
-    store.
-    """
+    """All rows of the videos of one geometry, (rows, 2, gh, gw) int16, or None where they stay in the store."""
 
     geometry: Geometry
     rows: torch.Tensor | None
@@ -83,9 +81,7 @@ class Motion:
         log.info("%s: %.2f GB, %s", self.feature, needed / 1e9, device if self.resident else "read as needed")
 
     def before_i_frames(self, videos: Ints, frames: Ints) -> Ints:
-        """Frame numbers (n, segments) with every I-frame, which has no motion, replaced by the frame before
-        it.
-        """
+        """Frame numbers (n, segments) with every I-frame, which has no motion, replaced by the frame before it."""
         is_i = self._is_i[self._start[videos][:, None] + frames]
         return np.where(is_i & (frames > 0), frames - 1, frames)
 

@@ -20,9 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Protocol:
-    """``25x10``: 25 segments, each in 10 crops (corners, centre and all their mirror images); ``32x1``: the
-    centre.
-    """
+    """``25x10``: 25 segments, each in 10 crops (corners, centre and all their mirror images); ``32x1``: the centre."""
 
     segments: int = 25
     crops: int = 1

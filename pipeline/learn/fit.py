@@ -122,9 +122,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For small networks: threads that wait for each other cost more than they bring, most of all on a busy
-    machine.
-    """
+    """For small networks: threads that wait for each other cost more than they bring, most of all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -41,9 +41,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, and a table of id, label, predicted and scores (softmax, one a class of the run, in its
-    order).
-    """
+    """Metrics, and a table of id, label, predicted and scores (softmax, one a class of the run, in its order)."""
 
     metrics: Metrics
     predictions: pa.Table

@@ -46,9 +46,7 @@ def pool(
 
 
 def write_pooled(path: Path, features: Features, motion: Motion, *, size: int, weights_sha256: str) -> torch.Tensor:
-    """Write every video's pooled features as a store of its own; returns their means over segments (videos,
-    D).
-    """
+    """Write every video's pooled features as a store of its own; returns their means over segments (videos, D)."""
     spec = FeatureSpec(
         kind=POOLED,
         dtype="float16",

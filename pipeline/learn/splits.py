@@ -99,9 +99,7 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
 
 
 def read_labelled(store: Store, split: str | None, *, feature: str) -> tuple[Clips, tuple[str, ...], dict[str, int]]:
-    """The test clips of a split, or every labelled clip, with rows of ``feature``; the classes; who is
-    missing.
-    """
+    """The test clips of a split, or every labelled clip, with rows of ``feature``; the classes; who is missing."""
     table = store.labels if split is None else split_table(store, split)
     if split is not None:
         table = table.filter(pc.equal(table["part"], "test"))
@@ -147,9 +145,7 @@ def _classes(store: Store, table: pa.Table) -> tuple[npt.NDArray[np.int64], list
 def _hold_out(
     table: pa.Table, labels: npt.NDArray[np.int64], train: npt.NDArray[np.bool_], fraction: float
 ) -> npt.NDArray[np.bool_]:
-    """Which training clips to select on: whole groups, about ``fraction`` of each class, never all of a
-    class.
-    """
+    """Which training clips to select on: whole groups, about ``fraction`` of each class, never all of a class."""
     own = [group if group is not None else f"\0{video}" for group, video in
            zip(table["group"].to_pylist(), table["id"].to_pylist(), strict=True)]  # fmt: skip
     names, group = np.unique(np.asarray(own, str)[train], return_inverse=True)

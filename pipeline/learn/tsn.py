@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moclip.errors import EncoderError, RunError
-from moclip.pipeline.backbones import hash_weights, timm_backbone
+from moclip.pipeline.backbones import timm_backbone
 from moclip.pipeline.learn.data import (
     Ints,
     Motion,
@@ -31,6 +31,7 @@ from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, pool, write_pooled
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult
 from moclip.pipeline.learn.splits import Split, read_split
 from moclip.pipeline.learn.views import fixed_views, random_views
+from moclip.pipeline.weights import hash_weights
 from moclip.store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,10 @@ log = logging.getLogger(__name__)
 class TSNConfig:
     """How to train an MV-TSN.
 
-    ``weights`` initialise the backbone: None fetches ImageNet's by name, a path reads a file, ``none``
-    starts from random numbers, and then nothing is held back by the recipe's small learning rates for
-    pretrained layers. ``val_fraction`` of train is held out to choose the epoch; with 0 the last one is
-    taken.
+    ``weights`` initialise the backbone: None fetches ImageNet's by name, a path reads a file, ``none`` starts from
+    random numbers, and then every layer learns at the full rate. ``mirror`` shows half of the training clips
+    mirrored; turn it off where left and right tell classes apart. ``val_fraction`` of train is held out to choose
+    the epoch; with 0 the last one is taken.
     """
 
     split: str

@@ -57,9 +57,7 @@ class Views:
 
 
 def random_views(n: int, size: int, rng: np.random.Generator, *, mirror: bool = True) -> Views:
-    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases or
-    never.
-    """
+    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases or never."""
     resize = np.array([size * s // _BASE for s in _TRAIN_SIZES])[rng.integers(len(_TRAIN_SIZES), size=n)]
     left, top = (rng.integers(0, resize - size + 1) for _ in range(2))
     mirrored = (rng.random(n) < 0.5) & mirror
@@ -67,9 +65,7 @@ def random_views(n: int, size: int, rng: np.random.Generator, *, mirror: bool = 
 
 
 def fixed_views(n: int, size: int, crops: int = 1) -> Views:
-    """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of
-    each.
-    """
+    """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of each."""
     resize = size * _TEST_SIZE // _BASE
     edge = resize - size
     boxes = [(edge // 2, edge // 2)]

@@ -36,9 +36,7 @@ TEMPLATES = (
 
 
 def phrase(label: str) -> str:
-    """A label as words: ``HandstandPushups``, ``handstand_pushups`` and ``handstand pushups`` mean the
-    same.
-    """
+    """A label as words: ``HandstandPushups``, ``handstand_pushups`` and ``handstand pushups`` mean the same."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label)
     return " ".join(words.replace("_", " ").replace("-", " ").lower().split())
 

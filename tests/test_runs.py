@@ -1,0 +1,148 @@
+"""Run directories: whole files, refusals that say what to do, unfinished runs that may be overwritten;
+metrics.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import embedding_spec
+
+from moclip.errors import RunError
+from moclip.pipeline.learn.fit import EpochRow, Fitted
+from moclip.pipeline.learn.metrics import Evaluation, score
+from moclip.pipeline.learn.runs import RunWriter, load_run, write_evaluation, write_whole
+from moclip.pipeline.learn.splits import Clips, Split
+
+ROW = EpochRow(1, 0.5, 0.25, 1.0, 2.0, 0.01)
+
+
+@dataclass(frozen=True)
+class Config:
+    split: str = "1"
+    seed: int = 0
+
+
+def clips(*targets: int) -> Clips:
+    return Clips(tuple(f"v{i}" for i in range(len(targets))), np.array(targets, np.int64))
+
+
+SPLIT = Split("1", ("a", "b", "c"), clips(0, 1, 2), clips(0), clips(1, 1), {}, "digest")
+
+
+def evaluation() -> Evaluation:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    return score(logits, SPLIT.test, SPLIT.classes, split="1", protocol="25x1", missing={"truncated": 2})
+
+
+def finished(out: Path, kind: str = "tsn") -> RunWriter:
+    writer = RunWriter(out, kind, Config(), SPLIT, {"embedding-x": embedding_spec()})
+    writer.record(ROW)
+    writer.keep({"w": torch.arange(6.0).reshape(2, 3).T})
+    writer.finish(kind, Fitted((ROW,), ROW), evaluation())
+    return writer
+
+
+def test_a_run_reads_back(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    run = load_run(tmp_path / "run", kind="tsn")
+    assert (run.kind, run.classes, run.split, run.split_digest) == ("tsn", ("a", "b", "c"), "1", "digest")
+    assert run.config == {"split": "1", "seed": 0}
+    assert run.features == {"embedding-x": embedding_spec()}
+    assert run.finished
+    assert torch.equal(run.weights()["w"], torch.arange(6.0).reshape(2, 3).T)
+    write_evaluation(run, evaluation())
+    assert json.loads((run.path / "evaluations" / "1-25x1.json").read_text())["clips"] == 2
+    assert not [path for path in run.path.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_finished_run_or_anything_else_is_never_overwritten(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("three years of work")
+    (tmp_path / "file").write_text("")
+    for name in ("run", "other", "file"):
+        with pytest.raises(RunError, match="give another --out"):
+            RunWriter(tmp_path / name, "tsn", Config(), SPLIT, {})
+    assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+def test_an_unfinished_run_starts_anew(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", "tsn", Config(), SPLIT, {})
+    writer.keep({"w": torch.zeros(1)})
+    (tmp_path / "run" / "features.zarr").mkdir()
+    (tmp_path / "run" / "features.zarr" / "zarr.json").write_text("{}")
+    assert not load_run(tmp_path / "run").finished
+    RunWriter(tmp_path / "run", "probe", Config(seed=4), SPLIT, {})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert load_run(tmp_path / "run").config["seed"] == 4
+    with pytest.raises(RunError, match=r"model\.safetensors cannot be read"):
+        load_run(tmp_path / "run").weights()
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run at"):
+        load_run(tmp_path / "none")
+    with pytest.raises(RunError, match="is not a moclip run"):
+        load_run(tmp_path)
+    finished(tmp_path / "run", "fusion")
+    with pytest.raises(RunError, match="kind 'fusion'; expected tsn"):
+        load_run(tmp_path / "run", kind="tsn")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for broken, message in (
+        (json.dumps({**config, "format": 99}), "upgrade moclip"),
+        (json.dumps({**config, "kind": "evl9"}), "kind 'evl9'"),
+        ("[]", "is not a moclip run"),
+        ("{", "is not JSON"),
+    ):
+        (tmp_path / "run" / "config.json").write_text(broken)
+        with pytest.raises(RunError, match=message):
+            load_run(tmp_path / "run")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "f", b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_whole(tmp_path / "f", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("f", b"old")]
+
+
+def test_metrics_are_counted_by_hand() -> None:
+    classes = ("a", "b", "c", "d", "e", "f", "never")
+    targets = np.array([0, 0, 1, 2, 3, 4, 5], np.int64)
+    logits = torch.full((7, 7), -5.0)
+    called = [0, 1, 1, 2, 0, 4, 0]
+    for row, (target, call) in enumerate(zip(targets, called, strict=True)):
+        logits[row] += torch.linspace(0, 0.1, 7)
+        logits[row, int(target)] += 3
+        logits[row, call] += 5
+    logits[6, 5] -= 9  # the last clip's class comes last
+    found = score(logits, clips(*targets), classes, split="1", protocol="x", missing={})
+    metrics = found.metrics
+    assert metrics.top1 == pytest.approx(4 / 7)
+    assert metrics.top5 == pytest.approx(6 / 7)
+    assert metrics.mean_class_accuracy == pytest.approx((0.5 + 1 + 1 + 0 + 1 + 0) / 6)
+    assert metrics.per_class["a"].n == 2
+    assert metrics.per_class["a"].accuracy == pytest.approx(0.5)
+    assert metrics.per_class["never"].accuracy is None
+    assert metrics.confusion[0][:2] == (1, 1)
+    assert metrics.confusion[3][0] == 1
+    assert sum(map(sum, metrics.confusion)) == 7
+    table = found.predictions
+    assert table["predicted"].to_pylist() == [classes[call] for call in called]
+    np.testing.assert_allclose([sum(row) for row in table["scores"].to_pylist()], 1, atol=1e-5)
+
+
+def test_few_classes() -> None:
+    one = score(torch.zeros(2, 1), clips(0, 0), ("only",), split="1", protocol="x", missing={})
+    assert (one.metrics.top1, one.metrics.top5, one.metrics.confusion) == (1.0, 1.0, ((2,),))
+    two = score(torch.eye(2), clips(1, 0), ("a", "b"), split="1", protocol="x", missing={})
+    assert (two.metrics.top1, two.metrics.top5) == (0.0, 1.0)
