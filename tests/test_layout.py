@@ -19,9 +19,10 @@ SOURCES = sorted(
 #: Each room, and the rooms below it that it may use. Errors and the version are everybody's.
 ROOMS = {
     "moclip.store": set(),
-    "moclip.pipeline.backbones": {"moclip.store"},
+    "moclip.pipeline.weights": set(),
+    "moclip.pipeline.backbones": {"moclip.store", "moclip.pipeline.weights"},
     "moclip.pipeline.extract": {"moclip.store", "moclip.pipeline.backbones"},
-    "moclip.pipeline.learn": {"moclip.store", "moclip.pipeline.backbones"},
+    "moclip.pipeline.learn": {"moclip.store", "moclip.pipeline.backbones", "moclip.pipeline.weights"},
 }
 #: Heavy libraries, and the rooms that may know them.
 LIBRARIES = {
