@@ -4,8 +4,9 @@ Both are one small network on frozen features: the motion side's come pooled fro
 side's from the store. No convolutional network runs here.
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,10 @@ def train_probe(
 def evaluate_head(run: Run, store: Store, split: str, *, device: str) -> Evaluation:
     """Test a fusion or a probe on the test side of a split."""
     config = FusionConfig(**run.config)
+    if config.motion_run is not None:
+        config = replace(config, motion_run=str(run.path / config.motion_run))
     motion, image = _sources(store, config)
-    run.check_features(store)
+    run.check_features(*filter(None, (store, motion)))
     found = read_split(store, split, features=[image], val_fraction=0)
     if motion is not None:
         found = _with_pooled(found, motion)
@@ -105,7 +108,13 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
         _check_motion_run(load_run(str(config.motion_run), kind="tsn"), split)
         split = _with_pooled(split, motion)
     features = Features(store, image, motion, split.every.ids, choose_device(config.device))
-    writer = RunWriter(out, kind, config, split, {image: store.features[image]})
+    specs = {image: store.features[image]}
+    saved = config
+    if motion is not None:
+        specs[POOLED] = motion.features[POOLED]
+        # Relative to this run: both can move together, and evaluation may start in another directory.
+        saved = replace(config, motion_run=os.path.relpath(str(config.motion_run), out))
+    writer = RunWriter(out, kind, saved, split, specs)
     targets = torch.from_numpy(split.every.targets).to(features.device)
     n_train, n_val = len(split.train), len(split.val)
 

@@ -70,14 +70,16 @@ class Run:
     def finished(self) -> bool:
         return (self.path / "metrics.json").exists()
 
-    def check_features(self, store: Store) -> None:
-        """Raise :class:`RunError` unless the store's features mean what this run was trained on."""
+    def check_features(self, *stores: Store) -> None:
+        """Raise :class:`RunError` unless the features in ``stores`` mean what this run was trained on."""
+        there = {name: spec for store in stores for name, spec in store.features.items()}
+        places = " and ".join(str(store.path) for store in stores)
         for name, trained in self.features.items():
-            found = store.features.get(name)
+            found = there.get(name)
             if found is None or found.digest != trained.digest:
                 what = "has no such feature" if found is None else "holds another specification under that name"
                 raise RunError(
-                    f"{self.path} was trained on {name} ({trained.digest}), but {store.path} {what}; "
+                    f"{self.path} was trained on {name} ({trained.digest}), but {places} {what}; "
                     "extract it as it was, or train on this store"
                 )
 
