@@ -32,6 +32,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except MoclipError as error:
             raise click.ClickException(_one_line(str(error))) from error
+        except OSError as error:
+            raise click.ClickException(f"the operating system says: {_one_line(str(error))}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted. What was finished is kept; run the same command again to go on.", err=True)
             sys.exit(INTERRUPTED)
@@ -56,7 +58,8 @@ def main(verbose: bool) -> None:
 
     Exit codes: 0 done, 1 an error that one line explains, 2 a wrong command line, 130 interrupted.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("moclip").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 @main.command()
@@ -97,7 +100,9 @@ def main(verbose: bool) -> None:
 )
 @click.option("--retry-failed", is_flag=True, help="Try videos again whose entry failed.")
 @click.option("--replace-changed", is_flag=True, help="Extract videos again whose file has another size now.")
-@click.option("--max-failures", type=int, metavar="N", help="Exit with code 1 if more than N entries failed.")
+@click.option(
+    "--max-failures", type=int, metavar="N", help="Exit with code 1 if more than N videos have a failed entry."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def extract(source: Path, store: Path, **options: Any) -> None:
     """Decode the videos of SOURCE once, into the feature store STORE; only what is missing is done.
@@ -150,7 +155,7 @@ def _request(**options: Any) -> Any:
         given["encoder"] = None
     elif encoder or weights:
         name = encoder or base.encoder.name if base.encoder else encoder
-        given["encoder"] = EncoderConfig(name, None if weights is None else str(weights))
+        given["encoder"] = EncoderConfig(name, None if weights is None else str(weights.absolute()))
     return replace(base, **given)
 
 
@@ -168,10 +173,10 @@ def _print_plan(prepared: "Prepared") -> None:
         click.echo(
             f"  {len(plan.failed_before)} failed before ({_shown(plan.failed_before)}); --retry-failed tries again"
         )
-    if plan.changed and not prepared.job.replace_changed:
+    if plan.changed:
         click.echo(
             f"  {len(plan.changed)} have another size now and are left alone ({_shown(plan.changed)}); "
-            "--replace-changed extracts them again"
+            "--replace-changed extracts them again, if all features that they have are asked for"
         )
     where = prepared.job.scheduler or f"{prepared.workers} workers"
     click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {where}")
@@ -491,7 +496,7 @@ def demo(out: Path) -> None:
     """
     from moclip.pipeline.demo import run_demo
 
-    run_demo(out, click.echo)
+    run_demo(out, click.echo, lambda arguments: main.main(list(arguments), standalone_mode=False))
 
 
 if __name__ == "__main__":

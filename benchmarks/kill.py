@@ -13,10 +13,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import psutil
 
-from moclip import open_store
+from moclip.store import first_difference, open_store
 
 
 def extract(arguments: list[str], store: str) -> subprocess.Popen[bytes]:
@@ -38,29 +37,6 @@ def disturb(process: subprocess.Popen[bytes], victim: str) -> bool:
         return False
     random.choice(workers).kill()
     return True
-
-
-def compare(a: str, b: str) -> str:
-    left, right = open_store(a), open_store(b)
-    entries = [
-        {(row["id"], row["feature"]): (row["status"], row["reason"], row["content"]) for row in s.entries.to_pylist()}
-        for s in (left, right)
-    ]
-    if entries[0].keys() != entries[1].keys():
-        return f"DIFFERENT: {len(entries[0])} entries against {len(entries[1])}"
-    worst = 1.0
-    for (video, feature), (status, reason, content) in entries[0].items():
-        other = entries[1][video, feature]
-        if (status, reason) != other[:2]:
-            return f"DIFFERENT: {feature} of {video}: {status} against {other[0]}"
-        if content != other[2] and not feature.startswith("embedding"):
-            return f"DIFFERENT: {feature} of {video}"
-        if content != other[2]:
-            x, y = (s.read(feature, video).astype(np.float64) for s in (left, right))
-            cosine = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
-            worst = min(worst, float(cosine.min()))
-    verdict = "EQUAL" if worst >= 0.99999 else "DIFFERENT"
-    return f"{verdict}: {len(entries[0])} entries, motion bit-equal, lowest embedding cosine {worst:.7f}"
 
 
 def main() -> None:
@@ -90,7 +66,8 @@ def main() -> None:
             process = extract(given.extraction, given.store)
     if process.wait() != 0:
         raise SystemExit("the last run failed")
-    print(compare(given.undisturbed, given.store))
+    undisturbed = open_store(given.undisturbed)
+    print(first_difference(undisturbed, open_store(given.store)) or f"EQUAL: {len(undisturbed.entries)} entries")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,17 @@ appearance and direction tells its four clips apart:
 Scenes of one group share their background; groups never cross from train to test.
 """
 
+import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moclip.errors import SourceError
 from moclip.pipeline.extract.encode import Frame, write_video
-
-if TYPE_CHECKING:
-    from moclip.pipeline.learn.metrics import Metrics
 
 WIDTH, HEIGHT = 160, 120
 GROUPS, SCENES_A_GROUP, TEST_GROUPS = 10, 3, 3
@@ -36,6 +34,12 @@ ORANGE = (-38.0, 30.0)
 ENCODER = "timm:test_vit2"
 MOTION_BACKBONE = "timm:test_resnet"
 INPUT_SIZE, MOTION_EPOCHS, HEAD_LR = 64, 20, 1e-3
+#: What each run sees, by kind.
+BEST = {
+    "tsn": ("motion only", "cannot see colours: about half at best"),
+    "probe": ("image only", "cannot see directions: about half at best"),
+    "fusion": ("fused", "sees both; the image encoder is untrained"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,83 +109,43 @@ class Demo:
         return self.out / "runs" / kind
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command as it could be typed, and the function behind it. Trainings return their held-out metrics."""
+def run_demo(out: str | Path, report: Callable[[str], None], run: Callable[[Sequence[str]], None]) -> None:
+    """Render, extract, train, test and compare below ``out``, which must be empty or not exist.
 
-    arguments: tuple[str, ...]
-    run: Callable[[], "Metrics | None"]
-
-    def __str__(self) -> str:
-        return "moclip " + shlex.join(self.arguments)
-
-
-def run_demo(out: str | Path, report: Callable[[str], None]) -> None:
-    """Render, extract, train and test below ``out``, which must not hold an earlier demo.
-
-    ``report`` gets lines; the commands among them do the same when typed. One to two minutes on
+    ``report`` gets lines; ``run`` gets the arguments of each `moclip` command and runs it. One to two minutes on
     two cores, offline.
     """
     demo = Demo(Path(out))
+    if demo.out.exists() and any(demo.out.iterdir()):
+        raise SourceError(f"{demo.out} is not empty; remove it, or give another --out")
     render_corpus(demo.out)
     clips = len(CLASSES) * GROUPS * SCENES_A_GROUP
     report(f"rendered {clips} clips of {len(CLASSES)} classes to {demo.videos}: {', '.join(CLASSES)}")
     write_untrained_weights(demo.weights)
     report(f"wrote {demo.weights}: random weights for {ENCODER}. The image side is UNTRAINED here;")
     report("  it tells orange from blue, and its accuracy says nothing about a real encoder's.")
-    found = {}
-    for step in demo_steps(demo):
-        report(f"$ {step}")
-        metrics = step.run()
-        if metrics is not None:
-            found[step.arguments[1]] = metrics
-    for line in _table(found):
+    for arguments in demo_commands(demo):
+        report(f"$ moclip {shlex.join(arguments)}")
+        run(arguments)
+    for line in _table(demo):
         report(line)
 
 
-def demo_steps(demo: Demo) -> tuple[Step, ...]:
-    """What comes after rendering: extract, and the three trainings, each of which tests itself."""
-    from moclip.pipeline.learn.fusion import FusionConfig, train_fusion, train_probe
-    from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
-
-    tsn = TSNConfig(
-        "1",
-        backbone=MOTION_BACKBONE,
-        weights="none",
-        input_size=INPUT_SIZE,
-        epochs=MOTION_EPOCHS,
-        device="cpu",
-    )
-    probe = FusionConfig("1", lr=HEAD_LR, device="cpu")
-    fusion = FusionConfig("1", motion_run=str(demo.run("tsn")), lr=HEAD_LR, device="cpu")
-    heads = ("--lr", str(HEAD_LR))
-    motion = ("--backbone", MOTION_BACKBONE, "--weights", "none", "--input-size", str(INPUT_SIZE))
+def demo_commands(demo: Demo) -> tuple[tuple[str, ...], ...]:
+    """What comes after rendering: extract, three trainings, and a test of the last."""
+    encoder = ("--encoder", ENCODER, "--weights", str(demo.weights))
+    backbone = ("--backbone", MOTION_BACKBONE, "--weights", "none", "--input-size", str(INPUT_SIZE))
+    heads = ("--lr", str(HEAD_LR), "--device", "cpu")
 
     def train(kind: str, *options: str) -> tuple[str, ...]:
-        return (
-            "train",
-            kind,
-            str(demo.store),
-            "--split",
-            "1",
-            *options,
-            "--device",
-            "cpu",
-            "--out",
-            str(demo.run(kind)),
-        )
+        return ("train", kind, str(demo.store), "--split", "1", *options, "--out", str(demo.run(kind)))
 
     return (
-        Step(_extract_arguments(demo), lambda: _extract(demo)),
-        Step(
-            train("tsn", *motion, "--epochs", str(MOTION_EPOCHS)),
-            lambda: train_tsn(demo.store, demo.run("tsn"), tsn).test,
-        ),
-        Step(train("probe", *heads), lambda: train_probe(demo.store, demo.run("probe"), probe).test),
-        Step(
-            train("fusion", "--motion-run", str(demo.run("tsn")), *heads),
-            lambda: train_fusion(demo.store, demo.run("fusion"), fusion).test,
-        ),
+        ("extract", str(demo.videos), str(demo.store), "--splits", str(demo.splits), *encoder),
+        train("tsn", *backbone, "--epochs", str(MOTION_EPOCHS), "--device", "cpu"),
+        train("probe", *heads),
+        train("fusion", "--motion-run", str(demo.run("tsn")), *heads),
+        ("evaluate", str(demo.run("fusion")), str(demo.store), "--device", "cpu"),
     )
 
 
@@ -271,27 +235,9 @@ def _write_lists(folder: Path, scenes: list[Scene]) -> None:
     (folder / "testlist01.txt").write_text("".join(f"{line}\n" for line in test))
 
 
-def _extract_arguments(demo: Demo) -> tuple[str, ...]:
-    options = ("--splits", str(demo.splits), "--encoder", ENCODER, "--weights", str(demo.weights))
-    return ("extract", str(demo.videos), str(demo.store), *options)
-
-
-def _extract(demo: Demo) -> None:
-    from moclip.pipeline.backbones import EncoderConfig
-    from moclip.pipeline.extract.features import FeatureRequest
-    from moclip.pipeline.extract.jobs import Job, prepare, run
-
-    request = FeatureRequest(encoder=EncoderConfig(ENCODER, str(demo.weights)))
-    run(prepare(Job(demo.videos, demo.store, request, splits=demo.splits, max_failures=0)))
-
-
-def _table(found: "dict[str, Metrics]") -> Iterator[str]:
+def _table(demo: Demo) -> Iterator[str]:
     """The held-out accuracies, beside what each side could reach at best."""
-    clips = next(iter(found.values())).clips
-    yield f"accuracy on {clips} held-out clips (chance is 25 %):"
-    for kind, title, best in (
-        ("tsn", "motion only", "cannot see colours: about half at best"),
-        ("probe", "image only", "cannot see directions: about half at best"),
-        ("fusion", "fused", "sees both; the image encoder is untrained"),
-    ):
-        yield f"  {title:<12} {100 * found[kind].top1:5.1f} %   {best}"
+    found = {kind: json.loads((demo.run(kind) / "metrics.json").read_bytes())["test"] for kind in BEST}
+    yield f"accuracy on {found['fusion']['clips']} held-out clips (chance is 25 %):"
+    for kind, (title, best) in BEST.items():
+        yield f"  {title:<12} {100 * found[kind]['top1']:5.1f} %   {best}"

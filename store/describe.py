@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 
 from moclip.store.reader import Store
 from moclip.store.receipts import list_receipts
-from moclip.store.schema import FeatureSpec
+from moclip.store.schema import SPLIT_PREFIX, FeatureSpec
+from moclip.store.tables import published_receipts
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class StoreInfo:
 def describe(store: Store) -> StoreInfo:
     """Add up a store's tables; no array is opened."""
     videos = store.videos
-    published = set(store.entries["shard"].to_pylist())
-    receipts = {name.rsplit("/", 1)[1].removesuffix(".parquet") for name in list_receipts(store.path)}
+    unpublished = set(list_receipts(store.path)) - published_receipts(store.path)
     return StoreInfo(
         path=str(store.path),
         videos=len(videos),
@@ -60,11 +60,11 @@ def describe(store: Store) -> StoreInfo:
         features=tuple(_feature(store, name, spec) for name, spec in store.features.items()),
         labels=_counts(store.labels["label"]),
         splits={
-            name.removeprefix("split_"): _counts(store.labels[name])
+            name.removeprefix(SPLIT_PREFIX): _counts(store.labels[name])
             for name in store.labels.column_names
-            if name.startswith("split_")
+            if name.startswith(SPLIT_PREFIX)
         },
-        unpublished=len(receipts - published),
+        unpublished=len(unpublished),
     )
 
 

@@ -80,10 +80,10 @@ class Store:
         return {check_name(folder.name, "a feature"): read_feature(folder) for folder in folders}
 
     def resolve(self, name: str) -> str:
-        """The full name of a feature: ``embedding`` stands for the only ``embedding-*`` there is."""
+        """The full name of a feature: ``embedding`` stands for the only feature of that kind there is."""
         if name in self.features:
             return name
-        close = [full for full in self.features if full.startswith(f"{name}-") and name == "embedding"]
+        close = [full for full, spec in self.features.items() if spec.kind == name]
         if len(close) == 1:
             return close[0]
         there = ", ".join(close or self.features) or "none yet"

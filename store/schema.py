@@ -48,6 +48,9 @@ FACT_FIELDS = (
 #: In receipts, where facts and entries share a row, the source list's own columns carry this prefix.
 EXTRA_PREFIX = "extra."
 
+#: The labels' column of a split, train | val | test, is called so with the split's name behind it.
+SPLIT_PREFIX = "split_"
+
 LABEL_FIELDS = (
     pa.field("id", pa.string(), nullable=False),
     pa.field("label", pa.string()),

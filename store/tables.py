@@ -78,16 +78,24 @@ def read_group(folder: Path) -> dict[str, Any]:
 def add_feature(root: str | Path, name: str, spec: FeatureSpec) -> None:
     """Give ``name`` to a specification. :class:`FeatureError` if it belongs to another one."""
     folder = Path(root) / "features" / check_name(name, "a feature")
-    if (folder / "zarr.json").exists():
-        there = read_feature(folder)
-        if there.digest != spec.digest:
-            raise FeatureError(
-                f"the feature {name!r} is taken in {root} by another specification ({_difference(there, spec)}); "
-                "give this one a name of its own with --as NAME"
-            )
+    if is_added(root, name, spec):
         return
     attributes = {"moclip": {"specification": spec.to_json(), "digest": spec.digest}}
     write_atomic(folder / "zarr.json", group_json(attributes))
+
+
+def is_added(root: str | Path, name: str, spec: FeatureSpec) -> bool:
+    """Whether the store has the feature. :class:`FeatureError` if the name belongs to another specification."""
+    folder = Path(root) / "features" / check_name(name, "a feature")
+    if not (folder / "zarr.json").exists():
+        return False
+    there = read_feature(folder)
+    if there.digest != spec.digest:
+        raise FeatureError(
+            f"the feature {name!r} is taken in {root} by another specification ({_difference(there, spec)}); "
+            "give this one a name of its own with --as NAME"
+        )
+    return True
 
 
 def _difference(there: FeatureSpec, here: FeatureSpec) -> str:
@@ -132,7 +140,7 @@ def write_labels(root: str | Path, table: pa.Table, classes: list[str]) -> None:
     root = Path(root)
     write_atomic(root / "labels.parquet", parquet_bytes(table.sort_by("id")))
     write_atomic(root / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0).encode())
-    _write_catalogue(root, list_receipts(root))
+    _write_catalogue(root, sorted(published_receipts(root)))
 
 
 def _write_catalogue(root: Path, receipts: list[str]) -> None:
@@ -144,6 +152,15 @@ def _write_catalogue(root: Path, receipts: list[str]) -> None:
     checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     catalogue = {**body, "sha256": checksum}
     write_atomic(root / "catalogue.json", json.dumps(catalogue, indent=0, sort_keys=True).encode())
+
+
+def published_receipts(root: Path) -> set[str]:
+    """The receipts that the tables hold."""
+    try:
+        files = json.loads((root / "catalogue.json").read_bytes())["files"]
+        return {name for name in files if name.startswith("receipts/")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreFormatError(f"{root}/catalogue.json cannot be read: {error!r}") from error
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

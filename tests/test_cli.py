@@ -123,7 +123,7 @@ def test_too_many_failures_are_exit_code_1(tmp_path, corpus):
     arguments = ("extract", corpus, tmp_path / "s.zarr", "--feature", "motion", "--workers", 1)
     result = run(*arguments, "--max-failures", 0)
     assert result.exit_code == 1
-    assert "1 failed entries, 0 allowed" in result.output
+    assert "1 videos have a failed entry, 0 allowed" in result.output
     assert run(*arguments, "--max-failures", 1).exit_code == 0
 
 

@@ -1,13 +1,14 @@
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import av
-import click
 import numpy as np
 import pytest
 
 from moclip import cli
+from moclip.errors import SourceError
 from moclip.pipeline import demo
 from moclip.pipeline.extract.encode import Frame, write_video
 from moclip.pipeline.extract.sources import list_sources
@@ -107,11 +108,20 @@ def test_the_untrained_weights_are_seeded(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_its_commands_could_be_typed(tmp_path: Path) -> None:
-    """The command line knows every command and option that the demo prints. Nothing runs."""
-    for step in demo.demo_steps(demo.Demo(tmp_path)):
-        command: click.Command = cli.main
-        arguments = list(step.arguments)
-        while isinstance(command, click.Group):
-            command = command.commands[arguments.pop(0)]
-        command.make_context("moclip", arguments)
+def test_a_second_demo_is_not_put_on_top_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(SourceError, match="is not empty"):
+        demo.run_demo(tmp_path, print, print)
+
+
+@pytest.mark.slow
+def test_both_eyes_are_needed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The whole way, by the command itself: neither stream alone gets far beyond half, both together do."""
+    cli.main.main(["demo", "--out", str(tmp_path / "demo")], standalone_mode=False)
+    found = {}
+    for kind in demo.BEST:
+        metrics = json.loads((tmp_path / "demo" / "runs" / kind / "metrics.json").read_text())
+        found[kind] = metrics["test"]["top1"]
+    assert found["fusion"] >= 0.9
+    assert max(found["tsn"], found["probe"]) <= 0.6
+    assert "UNTRAINED" in capfd.readouterr().out

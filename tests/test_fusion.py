@@ -26,7 +26,7 @@ HEAD = FusionConfig("1", lr=1e-3, epochs=60)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips = [replace(clip, images=3) for clip in corpus(18, splits=("1", "2"))]
-    lost = Clip("hevc", "RedUp", "lost", {"1": "train", "2": "train"}, fails=True)
+    lost = Clip("hevc", "RedUp", "lost", {"1": "test", "2": "test"}, fails=True)
     return write_store(tmp_path_factory.mktemp("fusion") / "s.zarr", [*clips, lost])
 
 

@@ -14,7 +14,7 @@ from synthetic import embedding_spec
 from moclip.errors import RunError
 from moclip.pipeline.learn.fit import EpochRow, Fitted
 from moclip.pipeline.learn.metrics import Evaluation, score
-from moclip.pipeline.learn.runs import RunWriter, load_run, write_evaluation, write_whole
+from moclip.pipeline.learn.runs import RunWriter, load_run, write_evaluation
 from moclip.pipeline.learn.splits import Clips, Split
 
 ROW = EpochRow(1, 0.5, 0.25, 1.0, 2.0, 0.01)
@@ -77,7 +77,7 @@ def test_an_unfinished_run_starts_anew(tmp_path: Path) -> None:
     (tmp_path / "run" / "features.zarr" / "zarr.json").write_text("{}")
     assert not load_run(tmp_path / "run").finished
     RunWriter(tmp_path / "run", "probe", Config(seed=4), SPLIT, {})
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "trained_on.parquet"]
     assert load_run(tmp_path / "run").config["seed"] == 4
     with pytest.raises(RunError, match=r"model\.safetensors cannot be read"):
         load_run(tmp_path / "run").weights()
@@ -101,18 +101,6 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         (tmp_path / "run" / "config.json").write_text(broken)
         with pytest.raises(RunError, match=message):
             load_run(tmp_path / "run")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "f", b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_whole(tmp_path / "f", b"new")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("f", b"old")]
 
 
 def test_metrics_are_counted_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import shutil
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -24,8 +25,11 @@ from moclip.store import (
     create_store,
     describe,
     failed_entries,
+    first_difference,
     open_store,
     publish,
+    tables,
+    write_atomic,
     write_labels,
 )
 
@@ -187,6 +191,39 @@ def test_source_columns_keep_their_types_and_clash_as_text(root):
     assert open_store(root).videos["year"].to_pylist() == ["1999", "2001", "MMI"]
 
 
+def test_a_receipt_that_comes_while_the_tables_are_written_is_in_them(root, monkeypatch):
+    write_shard(root, "s1", {"a": rows_of(0, 2)})
+    real = tables.fold
+
+    def fold(*arguments):
+        monkeypatch.setattr(tables, "fold", real)
+        folded = real(*arguments)
+        write_shard(root, "s2", {"b": rows_of(1, 2)})
+        return folded
+
+    monkeypatch.setattr(tables, "fold", fold)
+    publish(root)
+    assert open_store(root).ids("motion") == ["a", "b"]
+
+
+def test_first_difference(root, tmp_path):
+    other = tmp_path / "other.zarr"
+    shutil.copytree(root, other)
+
+    def difference():
+        for store in (root, other):
+            publish(store)
+        return first_difference(open_store(root), open_store(other))
+
+    write_shard(root, "s", {"a": rows_of(0, 3), "b": rows_of(1, 3)})
+    write_shard(other, "t1", {"b": rows_of(1, 3)})
+    assert "motion of 'a' is only in" in difference()
+    write_shard(other, "t2", {"a": rows_of(0, 3)})
+    assert difference() is None
+    write_shard(other, "t3", {"a": rows_of(2, 3)})
+    assert "motion of 'a' has other rows" in difference()
+
+
 def test_two_publishers_lose_nothing(root):
     def extract(name):
         for i in range(4):
@@ -270,6 +307,18 @@ def test_reading_after_a_fork_is_an_error_and_not_a_hang(root, monkeypatch):
         store.read("motion", "a")
 
 
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "f", b"old")
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_atomic(tmp_path / "f", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("f", b"old")]
+
+
 def test_what_is_no_store_is_said_so(tmp_path, root):
     with pytest.raises(StoreNotFoundError, match="no such folder"):
         open_store(tmp_path / "nowhere")
@@ -334,6 +383,9 @@ def test_describe_adds_up(root):
     assert info.features[0].rows == 8
     assert info.features[0].failures == {"truncated": 1}
     assert info.splits == {"1": {"test": 1, "train": 1}}
+    write_shard(root, "better", {"c": rows_of(2, 4)})
+    publish(root)
+    assert describe(open_store(root)).unpublished == 0
     write_shard(root, "later", {"d": rows_of(0, 2)})
     assert describe(open_store(root)).unpublished == 1
 

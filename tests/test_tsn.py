@@ -32,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips = corpus(18)
     extra = [
         Clip("odd", "RedUp", "odd", {"1": "train"}, frames=1, width=171, height=143),
-        Clip("hevc", "RedUp", "odd", {"1": "train"}, fails=True),
+        Clip("hevc", "RedUp", "odd", {"1": "test"}, fails=True),
     ]
     return write_store(tmp_path_factory.mktemp("tsn") / "s.zarr", [*clips, *extra])
 
@@ -89,7 +89,7 @@ def test_training_learns_directions_and_writes_a_run(trained: TrainResult, rows:
     assert right >= 0.9 * trained.test.clips
     assert trained.test.missing == {"no_vectors": 1}
     assert [row.epoch for row in rows] == list(range(1, 11))
-    assert [row.lr for row in rows] == pytest.approx([0.003] * 4 + [0.0003] * 4 + [0.00003] * 2)
+    assert [row.lr for row in rows] == pytest.approx([0.003] * 8 + [0.0003] * 2)
     best = max(rows, key=lambda row: (row.val_top1 or 0, -(row.val_loss or 0)))
     assert trained.best == best
 

@@ -1,6 +1,5 @@
 """One pass over one video: packets decoded once, vectors to grids as they come, only sampled frames to RGB."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,8 +83,9 @@ def decode_video(path: str, video_id: str, config: DecodeConfig, emit: Callable[
     sampled: dict[int, SampledFrame] = {}
     motion = _MotionPass(config, emit)
     for frame in reader.frames(vectors=config.motion == "native"):
-        motion.add(frame, reader.count - 1, reader.fps)
+        # Before the re-encoder, which sets the frame's time to its own.
         _sample(frame, reader, wanted, sampled)
+        motion.add(frame, reader.count - 1, reader.fps)
     if reader.count == 0:
         raise VideoError("truncated", f"no frame of the {reader.codec} stream decodes")
     actual = _indices(config, reader.count, reader.fps, video_id)
@@ -94,7 +94,7 @@ def decode_video(path: str, video_id: str, config: DecodeConfig, emit: Callable[
         again = _Reader(path)
         for frame in again.frames(vectors=False):
             _sample(frame, again, actual, sampled)
-    last = motion.finish()
+    span = motion.finish()
     ordered = () if config.frames is None else config.frames.indices(reader.count, reader.fps, video_id)
     return DecodedVideo(
         codec=reader.codec,
@@ -102,7 +102,7 @@ def decode_video(path: str, video_id: str, config: DecodeConfig, emit: Callable[
         height=reader.size[1],
         fps=reader.fps,
         frames=reader.count,
-        duration_s=max(reader.count / reader.fps, last),
+        duration_s=max(reader.count / reader.fps, span),
         corrupt_frames=reader.corrupt,
         sampled=tuple(sampled[index] for index in ordered),
         motion_error=_motion_error(config, reader, motion),
@@ -235,12 +235,12 @@ class _MotionPass:
                 self._paint(again)
 
     def finish(self) -> float:
-        """Emit what is left; the last frame's time in seconds."""
+        """Emit what is left; the seconds from the first frame to the last."""
         if self._reencoder is not None:
             for again in self._reencoder.feed(None):
                 self._paint(again)
         self._flush()
-        return self._times[-1]
+        return self._times[-1] - self._times[0]
 
     def _start(self, width: int, height: int) -> None:
         config = self._config
@@ -301,11 +301,3 @@ def _open_error(path: str, error: Exception) -> VideoError:
 def _kinds(container: Any) -> str:
     kinds = sorted({stream.type for stream in container.streams})
     return f"its streams are {', '.join(kinds)}" if kinds else "it has no streams"
-
-
-def file_size(path: str) -> int | None:
-    """The size of a file in bytes, None if it cannot be told."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return None

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import signal
 import threading
 from collections import Counter
@@ -12,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moclip.errors import SourceError, TooManyFailuresError
+from moclip.errors import MoclipError, SourceError, TooManyFailuresError
 from moclip.pipeline.extract.features import ExtractConfig, FeatureRequest, resolve
 from moclip.pipeline.extract.labelling import label_new
 from moclip.pipeline.extract.plan import Plan, make_plan
 from moclip.pipeline.extract.shard import Progress, ShardTask, extract_shard, record_failure
 from moclip.pipeline.extract.sources import SourceList, list_sources
 from moclip.pipeline.extract.splits import read_splits
-from moclip.store import add_feature, create_store, open_store, publish
+from moclip.store import add_feature, create_store, is_added, open_store, publish
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +65,7 @@ class Summary:
     frames: int
     ok: int
     failures: Counter[tuple[str, str]]
+    failed_videos: int
 
 
 def prepare(job: Job) -> Prepared:
@@ -82,9 +82,13 @@ def prepare(job: Job) -> Prepared:
                 f"none of the {len(videos)} videos of {job.source} is in the lists of {job.splits}; "
                 "they name videos by their path under the source, Class/name.avi"
             )
-    workers = job.workers or os.cpu_count() or 1
-    threads = 1 if job.scheduler else max(1, (os.cpu_count() or 1) // workers)
+    cores = _cores()
+    workers = job.workers or cores
+    threads = 1 if job.scheduler else max(1, cores // workers)
     config = resolve(job.request, threads)
+    if job.store.exists():
+        for name, spec in config.features.items():
+            is_added(job.store, name, spec)
     plan = make_plan(
         job.store,
         sources.videos,
@@ -106,22 +110,36 @@ def run(prepared: Prepared, on_progress: Callable[[Progress], None] = lambda _: 
     create_store(job.store)
     for name, spec in prepared.config.features.items():
         add_feature(job.store, name, spec)
-    label_new(job.store, prepared.sources.videos, prepared.sources.classes, explicit=job.splits is not None)
+    _label(prepared)
     totals = _Totals(on_progress)
     try:
         if prepared.plan.tasks:
             _run_tasks(prepared, totals)
     finally:
         publish(job.store)
+        # Again: a run beside this one may have written its labels over ours meanwhile.
+        _label(prepared)
     summary = _summary(prepared, totals)
-    failed = sum(summary.failures.values())
+    failed = summary.failed_videos
     if job.max_failures is not None and failed > job.max_failures:
         reasons = ", ".join(f"{feature} {reason}: {n}" for (feature, reason), n in summary.failures.most_common())
         raise TooManyFailuresError(
-            f"{failed} failed entries, {job.max_failures} allowed ({reasons}); "
+            f"{failed} videos have a failed entry, {job.max_failures} allowed ({reasons}); "
             f"the store is good and `moclip info {job.store}` lists them"
         )
     return summary
+
+
+def _cores() -> int:
+    """The cores this process may use, which in a container can be fewer than the machine has."""
+    from dask.system import CPU_COUNT
+
+    return int(CPU_COUNT)
+
+
+def _label(prepared: Prepared) -> None:
+    job, sources = prepared.job, prepared.sources
+    label_new(job.store, sources.videos, sources.classes, explicit=job.splits is not None)
 
 
 class _Totals:
@@ -130,18 +148,21 @@ class _Totals:
     def __init__(self, on_progress: Callable[[Progress], None]) -> None:
         self._on_progress = on_progress
         self._tasks: dict[int, Progress] = {}
+        self._lock = threading.Lock()
         self.sum = Progress(-1)
 
     def update(self, now: Progress) -> None:
-        before = self._tasks.get(now.number, Progress(now.number))
-        self._tasks[now.number] = now
-        self.sum = Progress(
-            -1,
-            self.sum.videos + now.videos - before.videos,
-            self.sum.frames + now.frames - before.frames,
-            self.sum.failed + now.failed - before.failed,
-        )
-        self._on_progress(self.sum)
+        """Called from Dask's thread while tasks run, and from the coordinator's when they end."""
+        with self._lock:
+            before = self._tasks.get(now.number, Progress(now.number))
+            self._tasks[now.number] = now
+            self.sum = Progress(
+                -1,
+                self.sum.videos + now.videos - before.videos,
+                self.sum.frames + now.frames - before.frames,
+                self.sum.failed + now.failed - before.failed,
+            )
+            self._on_progress(self.sum)
 
 
 def _run_tasks(prepared: Prepared, totals: _Totals) -> None:
@@ -161,14 +182,31 @@ def _run_tasks(prepared: Prepared, totals: _Totals) -> None:
             running[future] = task
             queue.add(future)
 
-        for task in itertools.islice(tasks, 2 * prepared.workers + 2):
+        for task in itertools.islice(tasks, 2 * sum(client.nthreads().values()) + 2):
             submit(task)
+        stopped: Exception | None = None
         for future in queue:
             task = running.pop(future)
-            for again in _finish(future, task, prepared, totals):
-                submit(again)
-            for following in itertools.islice(tasks, 1):
-                submit(following)
+            try:
+                for again in _finish(future, task, prepared, totals):
+                    submit(again)
+            except Exception as error:
+                # What runs is waited for, so that it is not done again; nothing new is begun.
+                stopped = stopped or error
+            if stopped is None:
+                for following in itertools.islice(tasks, 1):
+                    submit(following)
+        if stopped is not None:
+            raise _stop(stopped) from stopped
+
+
+def _stop(error: Exception) -> MoclipError:
+    if isinstance(error, MoclipError):
+        return error
+    return MoclipError(
+        f"the extraction stopped: {type(error).__name__}: {error}; what was finished is kept, "
+        "and the same command goes on from there"
+    )
 
 
 def _finish(future: Any, task: ShardTask, prepared: Prepared, totals: _Totals) -> list[ShardTask]:
@@ -180,6 +218,7 @@ def _finish(future: Any, task: ShardTask, prepared: Prepared, totals: _Totals) -
     except KilledWorker:
         if len(task.videos) > 1:
             logger.warning("shard %d killed its worker; its videos are tried one by one", task.number)
+            totals.update(Progress(task.number))
             # Numbers below zero are free: those of the plan start at 0, and -1 stands for the total.
             first = -1000 * (task.number + 1)
             return [replace(task, number=first - i, videos=(v,)) for i, v in enumerate(task.videos)]
@@ -255,6 +294,7 @@ def _summary(prepared: Prepared, totals: _Totals) -> Summary:
     entries = open_store(prepared.job.store).entries
     ids = {source.id for source in prepared.sources.videos}
     failures: Counter[tuple[str, str]] = Counter()
+    failed: set[str] = set()
     ok = 0
     for row in entries.select(["id", "feature", "status", "reason"]).to_pylist():
         if row["id"] in ids and row["feature"] in prepared.config.features:
@@ -262,4 +302,5 @@ def _summary(prepared: Prepared, totals: _Totals) -> Summary:
                 ok += 1
             else:
                 failures[row["feature"], row["reason"]] += 1
-    return Summary(totals.sum.videos, totals.sum.frames, ok, failures)
+                failed.add(row["id"])
+    return Summary(totals.sum.videos, totals.sum.frames, ok, failures, len(failed))

@@ -1,5 +1,6 @@
 """What is missing from a store, packed into shards."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -7,9 +8,8 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from moclip.pipeline.extract.decode import file_size
 from moclip.pipeline.extract.shard import ShardTask
-from moclip.pipeline.extract.sources import VideoSource
+from moclip.pipeline.extract.sources import VideoSource, file_size
 from moclip.store import fold, list_receipts
 
 #: A shard holds at most so many videos, and stops growing at so many bytes of them: a bound on what a killed
@@ -48,15 +48,20 @@ def make_plan(
     Read from the receipts, not from the tables: a run that was killed before it published still counts.
     """
     status, sizes = _known(store)
+    held: dict[str, set[str]] = defaultdict(set)
+    for (video_id, feature), state in status.items():
+        if state == "ok":
+            held[video_id].add(feature)
     missing: dict[str, tuple[str, ...]] = {}
     done, failed_before, changed = 0, [], []
     for source in sources:
         found = {name: status.get((source.id, name)) for name in features}
-        differs = "ok" in found.values() and _differs(source, sizes)
-        if differs:
-            changed.append(source.id)
-        if differs and replace_changed:
-            missing[source.id] = tuple(features)
+        if _differs(source, sizes):
+            # Rows of two files must not mix under one id: all features of it are made again, or none.
+            if replace_changed and held[source.id] <= set(features):
+                missing[source.id] = tuple(features)
+            else:
+                changed.append(source.id)
             continue
         lacking = [name for name, state in found.items() if state is None or (state == "failed" and retry_failed)]
         if "failed" in found.values() and not retry_failed:

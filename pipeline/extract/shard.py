@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moclip.errors import VideoError
+from moclip.errors import EncoderError, VideoError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
 from moclip.pipeline.extract.decode import (
     DecodedVideo,
     MotionRows,
     SampledFrame,
     decode_video,
-    file_size,
 )
 from moclip.pipeline.extract.features import ACCUMULATED, EMBEDDING, MOTION, ExtractConfig
-from moclip.pipeline.extract.sources import VideoSource
+from moclip.pipeline.extract.sources import VideoSource, file_size
 from moclip.store import ShardWriter, SourceFacts, limit_threads
 
 logger = logging.getLogger(__name__)
@@ -162,7 +161,13 @@ class _EmbeddingQueue:
     @classmethod
     def for_shard(cls, config: ExtractConfig, writers: Mapping[str, ShardWriter]) -> "_EmbeddingQueue | None":
         writer = _of_kind(config, writers, EMBEDDING)
-        return None if writer is None or config.encoder is None else cls(_encoder(config.encoder), writer)
+        if writer is None or config.encoder is None:
+            return None
+        encoder = _encoder(config.encoder)
+        expected = next(spec for spec in config.features.values() if spec.kind == EMBEDDING)
+        if encoder.weights_sha256 != expected.parameters["weights_sha256"]:
+            raise EncoderError(f"the weights of {config.encoder.name} on this worker are not the coordinator's")
+        return cls(encoder, writer)
 
     def prepare(self, frames: Sequence[SampledFrame]) -> list[Any]:
         return [self._encoder.prepare(frame.rgb) for frame in frames]

@@ -19,13 +19,13 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
 from moclip.errors import SourceError
+from moclip.store import SPLIT_PREFIX
 
 VIDEO_EXTENSIONS = frozenset(
     ".3g2 .3gp .asf .avi .divx .f4v .flv .h264 .hevc .ivf .m2ts .m2v .m4v .mjpeg .mkv .mov .mp4 .mpeg "
     ".mpg .mts .mxf .ogv .ts .vob .webm .wmv .y4m".split()
 )
 SPLIT_VALUES = ("train", "val", "test")
-SPLIT_PREFIX = "split_"
 KNOWN_COLUMNS = ("path", "id", "label", "group")
 
 
@@ -81,6 +81,14 @@ def list_sources(source: str | Path) -> SourceList:
         f"{readable(given)!r} is neither a video (by its extension) nor a list; "
         "expected a folder, .txt, .csv, .parquet or a video file"
     )
+
+
+def file_size(path: str) -> int | None:
+    """The size of a file in bytes, None if it cannot be told."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 def readable(text: str) -> str:

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from moclip.errors import SourceError
 from moclip.pipeline.extract.sources import (
-    SPLIT_PREFIX,
     TABLE_READERS,
     VideoSource,
     check_split_value,
@@ -28,6 +27,7 @@ from moclip.pipeline.extract.sources import (
     readable,
     strip_extension,
 )
+from moclip.store import SPLIT_PREFIX
 
 _CLASS_LINE = re.compile(r"(\d+)\s+(\S.*)")
 _LIST_NAME = re.compile(r"(train|test)list(\d+)\.txt")

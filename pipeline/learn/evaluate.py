@@ -5,15 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.compute as pc
-
 from moclip.errors import RunError
 from moclip.pipeline.learn.fusion import evaluate_head
 from moclip.pipeline.learn.metrics import Evaluation
 from moclip.pipeline.learn.runs import Run, load_run, write_evaluation
-from moclip.pipeline.learn.splits import split_table
 from moclip.pipeline.learn.tsn import evaluate_tsn
-from moclip.store import Store, open_store
+from moclip.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +54,6 @@ def evaluate_run(
         raise RunError(f"{loaded.path} is unfinished: it has no metrics.json; train it again")
     store = open_store(store_path)
     split = split or loaded.split
-    _warn_of_overlap(loaded, store, split)
     if loaded.kind == "tsn":
         views = Protocol.parse(protocol) if protocol else Protocol()
         found = evaluate_tsn(loaded, store, split, segments=views.segments, crops=views.crops, device=device)
@@ -65,21 +61,17 @@ def evaluate_run(
         raise RunError(f"{loaded.path} is a {loaded.kind}: it reads pooled features and has no protocol {protocol}")
     else:
         found = evaluate_head(loaded, store, split, device=device)
+    _warn_of_overlap(loaded, found)
     write_evaluation(loaded, found)
     return found
 
 
-def _warn_of_overlap(run: Run, store: Store, split: str) -> None:
-    """Say so if clips to be tested are clips that the run was trained on."""
-    if split == run.split:
-        return
-    tested = split_table(store, split)
-    tested = tested.filter(pc.equal(tested["part"], "test"))["id"].to_pylist()
-    trained = split_table(store, run.split)
-    trained = trained.filter(pc.not_equal(trained["part"], "test"))["id"].to_pylist()
-    seen = len(set(tested) & set(trained))
+def _warn_of_overlap(run: Run, found: Evaluation) -> None:
+    """Say so if tested clips are clips that the run was trained on, or its epoch chosen by."""
+    tested = found.predictions["id"].to_pylist()
+    seen = len(run.trained_on() & set(tested))
     if seen:
         log.warning(
             "%d of the %d test clips of split %r were training clips of %s: the accuracy is too good",
-            seen, len(tested), split, run.path,
+            seen, len(tested), found.metrics.split, run.path,
         )  # fmt: skip

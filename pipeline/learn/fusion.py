@@ -5,7 +5,7 @@ side's from the store. No convolutional network runs here.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, one_thread, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_run
-from moclip.pipeline.learn.splits import Split, read_split
+from moclip.pipeline.learn.splits import Clips, Split, read_labelled, read_split
 from moclip.store import Store, open_store
 
 _HIDDEN = 512
@@ -90,15 +90,17 @@ def evaluate_head(run: Run, store: Store, split: str, *, device: str) -> Evaluat
         config = replace(config, motion_run=str(run.path / config.motion_run))
     motion, image = _sources(store, config)
     run.check_features(*filter(None, (store, motion)))
-    found = read_split(store, split, features=[image], val_fraction=0)
+    found, names, missing = read_labelled(store, split, feature=image)
     if motion is not None:
-        found = _with_pooled(found, motion)
-    clips = by_name(found, run.classes)
+        found, missing = _with_pooled(found, missing, motion)
+    if not len(found):
+        raise RunError(f"no test clip of split {split!r} has the features that {run.path} needs")
+    clips = by_name(found, names, run.classes)
     features = Features(store, image, motion, clips.ids, choose_device(device))
     head = FusionHead(features.dim, len(run.classes))
     head.load_state_dict(run.weights())
     logits = _predict(head.to(features.device), features)
-    return score(logits, clips, run.classes, split=split, protocol="pooled", missing=found.missing)
+    return score(logits, clips, run.classes, split=split, protocol="pooled", missing=missing)
 
 
 def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_epoch: OnEpoch | None) -> TrainResult:
@@ -106,7 +108,7 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
     split = read_split(store, config.split, features=[image], val_fraction=config.val_fraction)
     if motion is not None:
         _check_motion_run(load_run(str(config.motion_run), kind="tsn"), split)
-        split = _with_pooled(split, motion)
+        split = _split_with_pooled(split, motion)
     features = Features(store, image, motion, split.every.ids, choose_device(config.device))
     specs = {image: store.features[image]}
     saved = config
@@ -173,13 +175,16 @@ class Features:
         self.dim = self.means.shape[1]
 
     def sample(self, videos: Ints, segments: int, rng: np.random.Generator) -> torch.Tensor:
-        """Training input (n, dim): the mean of ``segments`` random motion rows, and one random image."""
+        """Training input (n, dim): the mean of one random motion row from each of ``segments`` parts, and one
+        random image.
+        """
         rows = self.start[videos] + rng.integers(self.count[videos])
         image = self.images[self._to(rows)].float()
         if self.motion is None:
             return image
         there = self.motion.shape[1]
-        drawn = rng.random((len(videos), there)).argsort(1)[:, : min(segments, there)]
+        parts = np.array_split(np.arange(there), min(segments, there))
+        drawn = np.stack([rng.choice(part, len(videos)) for part in parts], 1)
         motion = self.motion[self._to(videos)[:, None], self._to(drawn)].float().mean(1)
         return torch.cat([motion, image], 1)
 
@@ -229,14 +234,22 @@ def _check_motion_run(run: Run, split: Split) -> None:
         )
 
 
-def _with_pooled(split: Split, motion: Store) -> Split:
-    """The split without the clips that the motion run has no pooled features of; they are counted."""
-    there = set(motion.ids(POOLED))
-    lost = sum(video not in there for video in split.every.ids)
-    missing = {**split.missing, **({"not in the motion run": lost} if lost else {})}
-    train, val, test = (part.only(there) for part in (split.train, split.val, split.test))
-    if not len(train) or not len(test):
-        raise RunError(f"the motion run {motion.path.parent} has no features of this split's clips")
+def _with_pooled(clips: Clips, missing: Mapping[str, int], motion: Store) -> tuple[Clips, dict[str, int]]:
+    """The clips that the motion run has pooled features of; the others are counted."""
+    kept = clips.only(set(motion.ids(POOLED)))
+    lost = len(clips) - len(kept)
+    return kept, {**missing, **({"not in the motion run": lost} if lost else {})}
+
+
+def _split_with_pooled(split: Split, motion: Store) -> Split:
+    train, _ = _with_pooled(split.train, {}, motion)
+    val, _ = _with_pooled(split.val, {}, motion)
+    test, missing = _with_pooled(split.test, split.missing, motion)
+    if not len(test) or len(set(train.targets.tolist())) < len(split.classes):
+        raise RunError(
+            f"the motion run {motion.path.parent} has no features of this split's test clips, "
+            "or of all training clips of a class; train it again"
+        )
     return Split(split.name, split.classes, train, val, test, missing, split.digest)
 
 

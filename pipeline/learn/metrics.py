@@ -9,7 +9,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from moclip.errors import RunError
-from moclip.pipeline.learn.splits import Clips, Split
+from moclip.pipeline.learn.splits import Clips
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def score(
     return Evaluation(metrics, table)
 
 
-def by_name(split: Split, classes: Sequence[str]) -> Clips:
-    """The test clips of ``split`` with targets as positions in a run's ``classes``, matched by name."""
-    unknown = sorted(set(split.classes) - set(classes))
+def by_name(clips: Clips, names: Sequence[str], classes: Sequence[str]) -> Clips:
+    """Clips whose targets are positions in ``names``, with positions in a run's ``classes`` instead."""
+    unknown = sorted(set(names) - set(classes))
     if unknown:
         raise RunError(f"the run knows no class {', '.join(unknown)}; its classes are: {', '.join(classes)}")
-    position = np.array([list(classes).index(name) for name in split.classes], np.int64)
-    return Clips(split.test.ids, position[split.test.targets])
+    position = np.array([list(classes).index(name) for name in names], np.int64)
+    return Clips(clips.ids, position[clips.targets])
 
 
 def _top_k(logits: torch.Tensor, targets: torch.Tensor, k: int) -> float:

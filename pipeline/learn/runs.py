@@ -2,6 +2,7 @@
 
 RUN/config.json            kind, classes, split, features' specifications, the training's configuration
 RUN/model.safetensors      the weights of the best epoch so far
+RUN/trained_on.parquet     the ids of the clips of train and val
 RUN/history.csv            one row an epoch
 RUN/features.zarr          pooled motion features (kind tsn), a feature store
 RUN/predictions.parquet    the test clips: id, label, predicted, scores
@@ -12,7 +13,6 @@ RUN/evaluations/           what later evaluations found
 import csv
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
@@ -29,12 +30,12 @@ from moclip.errors import RunError
 from moclip.pipeline.learn.fit import EpochRow, Fitted
 from moclip.pipeline.learn.metrics import Evaluation, Metrics
 from moclip.pipeline.learn.splits import Split
-from moclip.store import FeatureSpec, Store
+from moclip.store import FeatureSpec, Store, parquet_bytes, write_atomic
 
 FORMAT = 1
 KINDS = ("tsn", "fusion", "probe")
 FEATURES = "features.zarr"
-_FILES = ("model.safetensors", "history.csv", "predictions.parquet", FEATURES, "evaluations")
+_FILES = ("model.safetensors", "trained_on.parquet", "history.csv", "predictions.parquet", FEATURES, "evaluations")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Run:
             return dict(load_file(self.path / "model.safetensors"))
         except (OSError, SafetensorError) as error:
             raise RunError(f"{self.path}/model.safetensors cannot be read ({error}); train the run again") from error
+
+    def trained_on(self) -> set[str]:
+        """The ids of the clips that took part in training, those held out to choose the epoch included."""
+        try:
+            return set(pq.read_table(self.path / "trained_on.parquet")["id"].to_pylist())
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise RunError(f"{self.path}/trained_on.parquet cannot be read ({error}); train the run again") from error
 
     @property
     def finished(self) -> bool:
@@ -128,11 +136,13 @@ class RunWriter:
             "features": {name: spec.to_json() for name, spec in features.items()},
             "config": asdict(config),
         }
-        write_whole(self.path / "config.json", _json(about))
+        trained = sorted({*split.train.ids, *split.val.ids})
+        write_atomic(self.path / "trained_on.parquet", parquet_bytes(pa.table({"id": pa.array(trained, pa.string())})))
+        write_atomic(self.path / "config.json", _json(about))
 
     def keep(self, state: dict[str, torch.Tensor]) -> None:
         """Replace the run's weights."""
-        write_whole(self.path / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}))
+        write_atomic(self.path / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}))
 
     def record(self, row: EpochRow) -> None:
         """Add an epoch to the history."""
@@ -141,13 +151,13 @@ class RunWriter:
         table = csv.DictWriter(text, fieldnames=list(asdict(row)))
         table.writeheader()
         table.writerows(asdict(epoch) for epoch in self._history)
-        write_whole(self.path / "history.csv", text.getvalue().encode())
+        write_atomic(self.path / "history.csv", text.getvalue().encode())
 
     def finish(self, kind: str, fitted: Fitted, test: Evaluation) -> TrainResult:
         """Write predictions, then metrics."""
-        write_whole(self.path / "predictions.parquet", _parquet(test))
+        write_atomic(self.path / "predictions.parquet", parquet_bytes(test.predictions))
         about = {"kind": kind, "best": asdict(fitted.best), "test": asdict(test.metrics)}
-        write_whole(self.path / "metrics.json", _json(about))
+        write_atomic(self.path / "metrics.json", _json(about))
         seconds = sum(row.seconds for row in fitted.history)
         return TrainResult(self.path, kind, test.metrics, fitted.best, seconds)
 
@@ -157,18 +167,8 @@ def write_evaluation(run: Run, found: Evaluation) -> None:
     name = re.sub(r"[^\w.-]", "_", f"{found.metrics.split}-{found.metrics.protocol}")
     folder = run.path / "evaluations"
     folder.mkdir(exist_ok=True)
-    write_whole(folder / f"{name}.parquet", _parquet(found))
-    write_whole(folder / f"{name}.json", _json(asdict(found.metrics)))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(folder / f"{name}.parquet", parquet_bytes(found.predictions))
+    write_atomic(folder / f"{name}.json", _json(asdict(found.metrics)))
 
 
 def _claim(out: Path) -> Path:
@@ -195,9 +195,3 @@ def _is_unfinished(out: Path) -> bool:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _parquet(found: Evaluation) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(found.predictions, sink)
-    return sink.getvalue()

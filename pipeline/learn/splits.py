@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import RunError
-from moclip.store import Store
+from moclip.store import SPLIT_PREFIX, Store
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,10 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     digest = hashlib.sha256(json.dumps([ids, labels.tolist(), parts.tolist()]).encode()).hexdigest()[:16]
 
     there = set(ids).intersection(*(store.ids(feature) for feature in features))
-    missing = _report_missing(store, features, [video for video in ids if video not in there])
+    absent = [video for video in ids if video not in there]
+    _warn_of_missing(_count_missing(store, features, absent), features)
+    tested = set(table["id"].to_numpy(zero_copy_only=False)[parts == "test"])
+    missing = _count_missing(store, features, [video for video in absent if video in tested])
     clips = Clips(tuple(ids), labels)
     sides = {part: clips.take(parts == part).only(there) for part in ("train", "val", "test")}
     for part in ("train", "test"):
@@ -112,20 +115,21 @@ def read_labelled(store: Store, split: str | None, *, feature: str) -> tuple[Cli
         targets = np.array([position[label] for label in table["label"].to_pylist()], np.int64)
     ids = table["id"].to_pylist()
     there = set(store.ids(feature))
-    missing = _report_missing(store, [feature], [video for video in ids if video not in there])
+    missing = _count_missing(store, [feature], [video for video in ids if video not in there])
+    _warn_of_missing(missing, [feature])
     return Clips(tuple(ids), targets).only(there), tuple(classes), missing
 
 
 def split_table(store: Store, name: str) -> pa.Table:
     """The labelled rows of a split: id, label, group, part. :class:`RunError` lists the splits there are."""
-    columns = [column for column in store.labels.column_names if column.startswith("split_")]
+    columns = [column for column in store.labels.column_names if column.startswith(SPLIT_PREFIX)]
     if not len(store.labels) or not columns:
         what = "labels" if not len(store.labels) else "splits"
         raise RunError(f"{store.path} has no {what}; add them with `moclip label STORE --splits DIR | --csv FILE`")
-    if f"split_{name}" not in columns:
-        there = ", ".join(column.removeprefix("split_") for column in columns)
+    if SPLIT_PREFIX + name not in columns:
+        there = ", ".join(column.removeprefix(SPLIT_PREFIX) for column in columns)
         raise RunError(f"{store.path} has no split {name!r}; it has: {there}")
-    table = store.labels.select(["id", "label", "group", f"split_{name}"])
+    table = store.labels.select(["id", "label", "group", SPLIT_PREFIX + name])
     table = table.rename_columns(["id", "label", "group", "part"])
     return table.filter(pc.and_(table["label"].is_valid(), table["part"].is_valid()))
 
@@ -169,10 +173,8 @@ def _hold_out(
     return held_out
 
 
-def _report_missing(store: Store, features: Sequence[str], ids: list[str]) -> dict[str, int]:
-    """Count the labelled clips that a feature lacks, by the reason of their failed entry."""
-    if not ids:
-        return {}
+def _count_missing(store: Store, features: Sequence[str], ids: list[str]) -> dict[str, int]:
+    """How many of ``ids``, which have no rows of a feature, failed for which reason."""
     wanted = {store.resolve(feature) for feature in features}
     failed = store.entries.filter(
         pc.and_(
@@ -181,12 +183,14 @@ def _report_missing(store: Store, features: Sequence[str], ids: list[str]) -> di
         )
     )
     reasons = dict(zip(failed["id"].to_pylist(), failed["reason"].to_pylist(), strict=True))
-    counted = dict(Counter(reasons.get(video) or "not extracted" for video in ids))
-    log.warning(
-        "%d labelled clips have no rows of %s and are left out: %s",
-        len(ids), " and ".join(features), ", ".join(f"{why} {n}" for why, n in sorted(counted.items())),
-    )  # fmt: skip
-    return counted
+    return dict(Counter(reasons.get(video) or "not extracted" for video in ids))
+
+
+def _warn_of_missing(counted: Mapping[str, int], features: Sequence[str]) -> None:
+    if counted:
+        why = ", ".join(f"{reason} {n}" for reason, n in sorted(counted.items()))
+        names = " and ".join(features)
+        log.warning("%d labelled clips have no rows of %s and are left out: %s", sum(counted.values()), names, why)
 
 
 def _check_trained(classes: list[str], train: Clips, name: str) -> None:

@@ -29,7 +29,7 @@ from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, pool, write_pooled
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult
-from moclip.pipeline.learn.splits import Split, read_split
+from moclip.pipeline.learn.splits import Split, read_labelled, read_split
 from moclip.pipeline.learn.views import fixed_views, random_views
 from moclip.pipeline.weights import hash_weights
 from moclip.store import Store, open_store
@@ -76,9 +76,14 @@ class TSNConfig:
         return self.weights == "none"
 
     @property
-    def milestones(self) -> tuple[int, int]:
-        """The recipe's epochs 80 and 160 of 200."""
-        return round(0.4 * self.epochs), round(0.8 * self.epochs)
+    def milestones(self) -> tuple[int, ...]:
+        """The epochs after which the rate is divided by ten: the recipe's 80 and 160 (of 200).
+
+        A training too short to reach them has one, for its last fifth: at a tenth of the rate, and the multipliers
+        on top, the pretrained layers hardly move any more.
+        """
+        reached = tuple(epoch for epoch in (80, 160) if epoch < self.epochs)
+        return reached or ((round(0.8 * self.epochs),) if self.epochs > 2 else ())
 
 
 class MotionTSN(nn.Module):
@@ -91,7 +96,7 @@ class MotionTSN(nn.Module):
         _make_two_channel(stem_of(backbone))
         # Depthwise convolutions are about twice as fast in this layout, on CPUs and GPUs alike.
         self.to(memory_format=torch.channels_last)
-        self.classifier = nn.Linear(int(getattr(backbone, "num_features", 0)), classes)
+        self.classifier = nn.Linear(_width(backbone), classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
 
@@ -106,6 +111,11 @@ class MotionTSN(nn.Module):
         laid_out = images.contiguous(memory_format=torch.channels_last)
         pooled: torch.Tensor = self.backbone(self.data_bn(laid_out))
         return pooled
+
+
+def _width(backbone: Any) -> int:
+    """The size of the pooled features: some of timm's families widen them in the head."""
+    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def stem_of(backbone: Any) -> nn.Conv2d:
@@ -181,8 +191,8 @@ def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: in
     (feature,) = run.features
     run.check_features(store)
     config = TSNConfig(**run.config)
-    found = read_split(store, split, features=[feature], val_fraction=0)
-    clips = by_name(found, run.classes)
+    found, names, missing = read_labelled(store, split, feature=feature)
+    clips = by_name(found, names, run.classes)
     backbone = timm_backbone(config.backbone.partition(":")[2], pretrained=False)
     model = MotionTSN(backbone, len(run.classes))
     model.load_state_dict(run.weights())
@@ -191,7 +201,7 @@ def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: in
     pooled = [rows.mean(1) for _, _, rows in pool(model.features, motion, config.input_size, segments, crops)]
     logits = _classify(model, torch.cat(pooled))
     protocol = f"{segments}x{crops}"
-    return score(logits, clips, run.classes, split=split, protocol=protocol, missing=found.missing)
+    return score(logits, clips, run.classes, split=split, protocol=protocol, missing=missing)
 
 
 class _Batches:
