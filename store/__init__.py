@@ -3,9 +3,10 @@
 from moclip.store.arrays import limit_threads
 from moclip.store.compare import first_difference
 from moclip.store.describe import FeatureInfo, StoreInfo, describe, failed_entries
-from moclip.store.files import write_atomic
+from moclip.store.files import exclusive, write_atomic
+from moclip.store.fold import fold
 from moclip.store.reader import Store, open_store
-from moclip.store.receipts import Entry, Receipt, fold, list_receipts, parquet_bytes, write_receipt
+from moclip.store.receipts import Entry, Receipt, list_receipts, parquet_bytes, write_receipt
 from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, SourceFacts
 from moclip.store.tables import add_feature, create_store, is_added, publish, write_labels
 from moclip.store.writer import ShardWriter
@@ -24,6 +25,7 @@ __all__ = [
     "add_feature",
     "create_store",
     "describe",
+    "exclusive",
     "failed_entries",
     "first_difference",
     "fold",

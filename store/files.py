@@ -1,9 +1,12 @@
 """Whole files, written so that a reader sees the old one or the new one and never half of either."""
 
+import fcntl
 import hashlib
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moclip.errors import StoreFormatError
@@ -23,6 +26,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold the store alone while a table is read, changed and written back; others wait. Ends with the process."""
+    with open(root / "zarr.json", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sha256_of(path: Path) -> str:

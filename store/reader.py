@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 import tensorstore as ts
 
 from moclip.errors import FeatureError, StoreFormatError
-from moclip.store.arrays import open_array, read_rows, result
+from moclip.store.arrays import open_array, read_rows, result, rows_on_disk
 from moclip.store.files import check_name
+from moclip.store.groups import check_format, read_feature
 from moclip.store.schema import FeatureSpec
-from moclip.store.tables import check_format, read_feature, read_table
+from moclip.store.tables import read_table
 from moclip.store.writer import VALUE
 
 Ids = Sequence[str] | npt.NDArray[np.int64]
@@ -67,7 +68,7 @@ class Store:
         """The class names, in the order that a classifier's outputs follow."""
         try:
             classes = json.loads((self.path / "classes.json").read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StoreFormatError(f"{self.path}/classes.json cannot be read: {error}") from error
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise StoreFormatError(f"{self.path}/classes.json is not a list of names")
@@ -182,7 +183,7 @@ class Store:
         if (code, column) not in table.arrays:
             array = open_array(table.path(code, column), self._dtype(table.name, column))
             needed = table.last_row(code)
-            if array.ndim < 1 or array.shape[0] < needed:
+            if array.ndim < 1 or min(array.shape[0], rows_on_disk(array, table.path(code, column))) < needed:
                 raise StoreFormatError(
                     f"the array {table.path(code, column)} has shape {array.shape}; "
                     f"the entries name {needed} rows of it"
@@ -200,9 +201,11 @@ class _Feature:
         mine = pc.and_(pc.equal(entries["feature"], name), pc.equal(entries["status"], "ok"))
         rows = entries.filter(mine)
         self.ids = np.asarray(rows["id"].to_pylist(), object)
+        if any(rows[name].null_count for name in ("array", "row_start", "row_stop")):
+            raise StoreFormatError(f"{root}/entries.parquet: an ok entry of {name} does not say where its rows lie")
+        names = pc.binary_join_element_wise(rows["shard"], rows["array"], "/").combine_chunks()
         self.start = rows["row_start"].to_numpy().astype(np.int64)
         self.stop = rows["row_stop"].to_numpy().astype(np.int64)
-        names = pc.binary_join_element_wise(rows["shard"], rows["array"], "/").combine_chunks()
         encoded = names.dictionary_encode()
         self.code = encoded.indices.to_numpy(zero_copy_only=False)
         self._names: list[str] = encoded.dictionary.to_pylist()

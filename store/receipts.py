@@ -1,4 +1,4 @@
-"""Receipts: the file that makes a shard count, and the fold of all receipts into a store's tables.
+"""Receipts: the file that makes a shard count.
 
 A receipt is one parquet file, ``receipts/<feature>/<shard>.parquet``, written after the shard's arrays. It holds
 one row a video (the entry and the video's facts) and, in its schema's metadata, the shard's files with sizes and
@@ -6,16 +6,12 @@ checksums, the time, and the library versions. The tables of a store can be rebu
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moclip.errors import StoreFormatError
@@ -26,10 +22,9 @@ from moclip.store.schema import (
     FACT_FIELDS,
     FORMAT,
     SourceFacts,
-    empty_entries,
-    empty_videos,
 )
 
+STATUS = ("ok", "failed")
 _METADATA_KEY = b"moclip"
 _ENTRY_NAMES = [field.name for field in ENTRY_FIELDS]
 _FACT_NAMES = [field.name for field in FACT_FIELDS]
@@ -48,7 +43,7 @@ class Entry:
     content: str | None = None
 
     def __post_init__(self) -> None:
-        if self.status not in ("ok", "failed") or (self.status == "failed") != bool(self.reason):
+        if self.status not in STATUS or (self.status == "failed") != bool(self.reason):
             raise ValueError(f"an entry is ok, or failed with a reason: {self}")
 
 
@@ -112,84 +107,29 @@ def list_receipts(root: Path) -> list[str]:
 def read_receipt(root: Path, name: str) -> tuple[pa.Table, dict[str, Any]]:
     """One receipt's rows and metadata. :class:`StoreFormatError` where it is not what it claims to be."""
     try:
+        if not (root / name).is_file():
+            raise StoreFormatError("it is not a file")
         table = pq.read_table(pa.BufferReader((root / name).read_bytes()))
         metadata = json.loads(table.schema.metadata[_METADATA_KEY])
         table = table.replace_schema_metadata(None)
         for field in (*ENTRY_FIELDS, *FACT_FIELDS):
             if table.schema.field(field.name).type != field.type:
                 raise StoreFormatError(f"its column {field.name} is {table.schema.field(field.name).type}")
+            if not field.nullable and table[field.name].null_count:
+                raise StoreFormatError(f"its column {field.name} has empty cells")
         if name != f"receipts/{metadata['feature']}/{metadata['shard']}.parquet":
             raise StoreFormatError(f"it says it is the receipt of {metadata['feature']}/{metadata['shard']}")
+        if metadata["format"] > FORMAT:
+            raise StoreFormatError(f"its format is {metadata['format']}; upgrade moclip")
+        for column, allowed in (("feature", [metadata["feature"]]), ("shard", [metadata["shard"]]), ("status", STATUS)):
+            if set(table[column].to_pylist()) - set(allowed):
+                raise StoreFormatError(f"its column {column} holds something else than {' or '.join(allowed)}")
         check_name(metadata["feature"], "a receipt's feature")
         check_name(metadata["shard"], "a receipt's shard")
         written_at = pa.array([int(metadata["written_at"])] * len(table), pa.int64())
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise StoreFormatError(f"the receipt {name} cannot be read: {error}") from error
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise StoreFormatError(
+            f"the receipt {root / name} cannot be read: {error}; put a good copy back, or delete it "
+            "and extract again: its videos are then missing"
+        ) from error
     return table.append_column("written_at", written_at), metadata
-
-
-def fold(root: Path, names: Sequence[str]) -> tuple[pa.Table, pa.Table]:
-    """The tables (videos, entries) that the receipts ``names`` amount to, sorted by id.
-
-    For one (id, feature) an ok entry beats a failed one, then the newest receipt wins. A video's facts come from
-    its winning entry by the same rule.
-    """
-    if not names:
-        return empty_videos(), empty_entries()
-    with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(lambda name: read_receipt(root, name)[0], names))
-    rows = _concatenate(tables)
-    failed = pc.equal(rows["status"], "failed")
-    newest = pc.negate(rows["written_at"])
-    rows = rows.append_column("failed", failed.cast(pa.int8())).append_column("age", newest)
-    order = [("failed", "ascending"), ("age", "ascending"), ("shard", "ascending"), ("feature", "ascending")]
-    entries = _first_of_each(rows, ["id", "feature"], order).select(_ENTRY_NAMES)
-    videos = _first_of_each(rows, ["id"], order)
-    return _as_videos(videos), entries.cast(pa.schema(ENTRY_FIELDS))
-
-
-def _first_of_each(rows: pa.Table, keys: list[str], order: list[tuple[str, str]]) -> pa.Table:
-    """Sort by ``keys`` and then ``order``; keep the first row of each run of equal keys."""
-    by_keys = [(key, "ascending") for key in keys]
-    rows = rows.take(pc.sort_indices(rows, sort_keys=[*by_keys, *(o for o in order if o[0] not in keys)]))
-    new = np.zeros(len(rows), bool)
-    for key in keys:
-        codes = pc.rank(rows[key].combine_chunks(), tiebreaker="dense").to_numpy()
-        new[1:] |= np.diff(codes.astype(np.int64)) != 0
-    new[:1] = True
-    return rows.filter(pa.array(new))
-
-
-def _as_videos(rows: pa.Table) -> pa.Table:
-    extra = sorted(name for name in rows.column_names if name.startswith(EXTRA_PREFIX))
-    taken = {"id", *_FACT_NAMES}
-    plain = [name.removeprefix(EXTRA_PREFIX) for name in extra]
-    names = [long if short in taken else short for long, short in zip(extra, plain, strict=True)]
-    return rows.select(["id", *_FACT_NAMES, *extra]).rename_columns(["id", *_FACT_NAMES, *names])
-
-
-def _concatenate(tables: list[pa.Table]) -> pa.Table:
-    """Receipts under one schema: numbers widen; a column that two source lists type differently becomes text."""
-    try:
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
-        clashing = set(_clashing_columns(tables))
-        return pa.concat_tables(
-            [_with_text(table, clashing) for table in tables], promote_options="permissive"
-        ).combine_chunks()
-
-
-def _clashing_columns(tables: list[pa.Table]) -> Iterable[str]:
-    for name in sorted({name for table in tables for name in table.column_names}):
-        fields = {table.schema.field(name).type for table in tables if name in table.column_names}
-        try:
-            pa.unify_schemas([pa.schema([(name, kind)]) for kind in fields], promote_options="permissive")
-        except (pa.ArrowTypeError, pa.ArrowInvalid):
-            yield name
-
-
-def _with_text(table: pa.Table, names: set[str]) -> pa.Table:
-    for name in names & set(table.column_names):
-        values = [None if value is None else str(value) for value in table[name].to_pylist()]
-        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
-    return table

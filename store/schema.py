@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from moclip.errors import StoreFormatError
@@ -58,6 +57,10 @@ LABEL_FIELDS = (
 )
 
 
+#: A stranger's specification names one of these, or is refused.
+_DTYPES = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)} | {"float16", "float32", "float64"}
+
+
 @dataclass(frozen=True)
 class SourceFacts:
     """What is known of one video file; ``None`` where it could not be found out.
@@ -98,7 +101,7 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         for dtype in (self.dtype, *self.columns.values()):
-            if np.dtype(dtype).kind not in "iuf":
+            if dtype not in _DTYPES:
                 raise StoreFormatError(f"dtype {dtype!r} of feature kind {self.kind!r} is not a plain number")
 
     @property

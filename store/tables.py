@@ -5,26 +5,19 @@ Only a coordinator calls these; shard tasks write arrays and receipts alone.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moclip.errors import FeatureError, StoreFormatError, StoreNotFoundError
+from moclip.errors import FeatureError, StoreFormatError
 from moclip.store.files import check_name, write_atomic
-from moclip.store.receipts import fold, list_receipts, parquet_bytes
-from moclip.store.schema import FORMAT, FeatureSpec, empty_entries, empty_labels, empty_videos
+from moclip.store.fold import fold
+from moclip.store.groups import GROUP, check_format, group_json, read_feature
+from moclip.store.receipts import list_receipts, parquet_bytes
+from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, empty_entries, empty_labels, empty_videos
 
-
-def group_json(attributes: Mapping[str, Any]) -> bytes:
-    """The ``zarr.json`` of a Zarr v3 group."""
-    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
-    return json.dumps(group, indent=1, sort_keys=True).encode()
-
-
-GROUP = group_json({})
 _TABLES = {"videos.parquet": empty_videos, "entries.parquet": empty_entries, "labels.parquet": empty_labels}
 
 
@@ -36,8 +29,11 @@ def create_store(root: str | Path) -> None:
     root = Path(root)
     if (root / "zarr.json").exists():
         check_format(root)
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+    elif _is_foreign(root):
         raise StoreFormatError(f"{root} exists and is not a moclip store; name another path")
+    else:
+        # First: whoever comes now, or after a kill here, completes the rest.
+        write_atomic(root / "zarr.json", group_json({"moclip": {"format": FORMAT}}))
     for name, empty in _TABLES.items():
         if not (root / name).exists():
             write_atomic(root / name, parquet_bytes(empty()))
@@ -45,34 +41,18 @@ def create_store(root: str | Path) -> None:
         write_atomic(root / "classes.json", b"[]")
     if not (root / "features" / "zarr.json").exists():
         write_atomic(root / "features" / "zarr.json", GROUP)
-    if not (root / "zarr.json").exists():
-        write_atomic(root / "zarr.json", group_json({"moclip": {"format": FORMAT}}))
     if not (root / "catalogue.json").exists():
         _write_catalogue(root, [])
 
 
-def check_format(root: Path) -> None:
-    """Raise unless ``root`` is a store of a format that this version reads."""
-    if not (root / "zarr.json").is_file():
-        hint = "no such folder" if not root.exists() else "it has no zarr.json"
-        raise StoreNotFoundError(f"no moclip store at {root} ({hint}); `moclip extract SOURCE STORE` makes one")
-    attributes = read_group(root).get("moclip")
-    found = attributes.get("format") if isinstance(attributes, dict) else None
-    if not isinstance(found, int):
-        raise StoreFormatError(f"{root} is a Zarr group but no moclip store: its attributes name no format")
-    if found > FORMAT:
-        raise StoreFormatError(f"{root} has format {found}, this moclip reads up to {FORMAT}; upgrade moclip")
-
-
-def read_group(folder: Path) -> dict[str, Any]:
-    """The attributes of a Zarr group."""
-    try:
-        attributes = json.loads((folder / "zarr.json").read_bytes())["attributes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreFormatError(f"{folder}/zarr.json is not a Zarr group: {error}") from error
-    if not isinstance(attributes, dict):
-        raise StoreFormatError(f"{folder}/zarr.json is not a Zarr group: its attributes are no mapping")
-    return attributes
+def _is_foreign(root: Path) -> bool:
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        return True
+    # Hidden names are unfinished writes, of a run that began at the same time or was killed.
+    visible = [path.name for path in root.iterdir() if not path.name.startswith(".")]
+    return bool(visible) and "zarr.json" not in visible
 
 
 def add_feature(root: str | Path, name: str, spec: FeatureSpec) -> None:
@@ -82,6 +62,7 @@ def add_feature(root: str | Path, name: str, spec: FeatureSpec) -> None:
         return
     attributes = {"moclip": {"specification": spec.to_json(), "digest": spec.digest}}
     write_atomic(folder / "zarr.json", group_json(attributes))
+    is_added(root, name, spec)  # a run that began at the same time may have given the name away meanwhile
 
 
 def is_added(root: str | Path, name: str, spec: FeatureSpec) -> bool:
@@ -106,17 +87,6 @@ def _difference(there: FeatureSpec, here: FeatureSpec) -> str:
 
 def _flat(spec: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in spec.items() if key != "parameters"}, **spec["parameters"]}
-
-
-def read_feature(folder: Path) -> FeatureSpec:
-    """A feature's specification, checked against the digest beside it."""
-    attributes = read_group(folder).get("moclip")
-    if not isinstance(attributes, dict):
-        raise StoreFormatError(f"{folder} carries no feature specification")
-    spec = FeatureSpec.from_json(attributes.get("specification"))
-    if spec.digest != attributes.get("digest"):
-        raise StoreFormatError(f"the specification of {folder} does not match its digest: it was changed by hand")
-    return spec
 
 
 def publish(root: str | Path) -> None:
@@ -155,12 +125,12 @@ def _write_catalogue(root: Path, receipts: list[str]) -> None:
 
 
 def published_receipts(root: Path) -> set[str]:
-    """The receipts that the tables hold."""
+    """The receipts that the tables hold; none where the catalogue cannot be read, which says the same."""
     try:
         files = json.loads((root / "catalogue.json").read_bytes())["files"]
         return {name for name in files if name.startswith("receipts/")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreFormatError(f"{root}/catalogue.json cannot be read: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -179,6 +149,11 @@ def read_table(root: Path, name: str) -> pa.Table:
                     f"{root / name}: column {field.name} is {table.schema.field(field.name).type}, "
                     f"{field.type} expected"
                 )
+            if not field.nullable and table[field.name].null_count:
+                raise StoreFormatError(f"{root / name}: column {field.name} has empty cells")
+        for column in table.schema:
+            if column.name.startswith(SPLIT_PREFIX) and name == "labels.parquet" and column.type != pa.string():
+                raise StoreFormatError(f"{root / name}: column {column.name} is {column.type}, text expected")
     except (OSError, pa.ArrowException, KeyError) as error:
         raise StoreFormatError(f"{root / name} cannot be read: {error}") from error
     return table.replace_schema_metadata(None)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from moclip.store.arrays import ArrayWriter
 from moclip.store.files import check_name, sha256_of, write_atomic
+from moclip.store.groups import GROUP
 from moclip.store.receipts import Entry, Receipt, write_receipt
 from moclip.store.schema import FeatureSpec, SourceFacts
-from moclip.store.tables import GROUP
 
 #: The array of each group that holds the rows themselves; the others are the specification's columns.
 VALUE = "value"

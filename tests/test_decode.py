@@ -11,6 +11,7 @@ import videos
 
 from moclip.errors import SourceError, VideoError
 from moclip.pipeline.extract.decode import DecodeConfig, decode_video
+from moclip.pipeline.extract.encode import write_video
 from moclip.pipeline.extract.sampling import FramePolicy
 
 MIDDLE = DecodeConfig(frames=FramePolicy("middle"))
@@ -119,6 +120,57 @@ def test_a_video_that_cannot_be_used_says_why(tmp_path, make, name, reason):
     with pytest.raises(VideoError) as caught:
         decode(path)
     assert caught.value.reason == reason
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match="unreadable"):
+        decode(tmp_path / "pipe.mp4")
+
+
+def test_a_codec_that_nobody_knows(tmp_path):
+    path = videos.make_clip(tmp_path / "clip.avi")
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"XQZ9"))
+    with pytest.raises(VideoError, match="unknown_codec"):
+        decode(path)
+
+
+def test_a_header_that_promises_two_billion_frames_costs_nothing(tmp_path):
+    path = videos.make_clip(tmp_path / "clip.avi", frames=12)
+    content = bytearray(path.read_bytes())
+    # AVI's dwTotalFrames, and dwLength of the stream's header.
+    content[content.index(b"avih") + 24 : content.index(b"avih") + 28] = (2 * 10**9).to_bytes(4, "little")
+    content[content.index(b"strh") + 40 : content.index(b"strh") + 44] = (2 * 10**9).to_bytes(4, "little")
+    path.write_bytes(content)
+    found, _ = decode(path, DecodeConfig(frames=FramePolicy("fps:25")))
+    assert [frame.index for frame in found.sampled] == list(range(12))
+
+
+def test_the_time_of_a_sampled_frame_is_the_source_s(tmp_path):
+    path = videos.make_clip(tmp_path / "clip.avi", frames=31, width=340, height=256)
+    native, _ = decode(path)
+    again, _ = decode(path, replace(MIDDLE, motion="mpeg4"))
+    assert again.sampled[0].pts_seconds == native.sampled[0].pts_seconds
+    assert again.duration_s == pytest.approx(31 / native.fps)
+
+
+def test_a_cover_picture_is_not_a_video(tmp_path):
+    song = videos.audio_only(tmp_path / "song.m4a")
+    picture = tmp_path / "cover.mkv"
+    write_video(picture, videos.texture_frames(1, 64, 64), codec="mjpeg", pix_fmt="yuvj420p")
+    with av.open(str(song)) as audio, av.open(str(picture)) as image, av.open(str(tmp_path / "a.mp4"), "w") as out:
+        streams = {
+            audio: out.add_stream_from_template(audio.streams.audio[0]),
+            image: out.add_stream_from_template(image.streams.video[0]),
+        }
+        streams[image].disposition = av.stream.Disposition.attached_pic
+        for source, stream in streams.items():
+            for packet in source.demux():
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
+    with pytest.raises(VideoError, match=r"no_video_stream.*cover"):
+        decode(tmp_path / "a.mp4")
 
 
 def test_a_playlist_cannot_open_other_files(tmp_path):

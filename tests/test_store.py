@@ -1,7 +1,9 @@
 """The store's promises: rows come back, only receipts count, what is there stays, damage is an error."""
 
+import json
 import multiprocessing
 import pickle
+import re
 import shutil
 import sys
 import threading
@@ -355,6 +357,100 @@ def test_a_table_that_claims_more_rows_than_there_are_is_refused(root):
     pq.write_table(table.set_column(at, "row_stop", pa.array([10**12])), root / "entries.parquet")
     with pytest.raises(StoreFormatError, match="name 1000000000000 rows"):
         open_store(root).read("motion", "a")
+
+
+def test_a_header_that_claims_as_much_as_the_table_is_refused(root):
+    write_shard(root, "s", {"a": rows_of(0, 3)})
+    publish(root)
+    table = pq.read_table(root / "entries.parquet")
+    at = table.column_names.index("row_stop")
+    pq.write_table(table.set_column(at, "row_stop", pa.array([2**40])), root / "entries.parquet")
+    header = root / "features/motion/s/3x4/value/zarr.json"
+    header.write_text(re.sub(r'"shape":\s*\[\s*3', f'"shape":[{2**40}', header.read_text()))
+    assert str(2**40) in header.read_text()
+    with pytest.raises(StoreFormatError, match="the entries name"):
+        open_store(root).read("motion", "a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: shutil.copy(path, path.with_name("copy (1).parquet")),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: edit_receipt(path, status="great"),
+        lambda path: edit_receipt(path, feature="other"),
+        lambda path: edit_receipt(path, metadata={"format": 99}),
+        lambda path: edit_receipt(path, metadata={"written_at": 1e30}),
+    ],
+)
+def test_a_bad_receipt_is_named_with_what_to_do(root, change):
+    write_shard(root, "s", {"a": rows_of(0, 3)})
+    change(root / "receipts/motion/s.parquet")
+    with pytest.raises(StoreFormatError, match=r"receipts/motion/.*extract again"):
+        publish(root)
+
+
+def edit_receipt(path, metadata=None, **columns):
+    table = pq.read_table(path)
+    about = {**json.loads(table.schema.metadata[b"moclip"]), **(metadata or {})}
+    for name, value in columns.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pa.array([value] * len(table), table.schema.field(name).type))
+    pq.write_table(table.replace_schema_metadata({b"moclip": json.dumps(about)}), path)
+
+
+def test_rows_of_another_specification_do_not_count(root):
+    write_shard(root, "s", {"a": rows_of(0, 3)})
+    write_shard(root, "t", {"b": rows_of(0, 3)})
+    edit_receipt(root / "receipts/motion/t.parquet", metadata={"digest": "0" * 16})
+    publish(root)
+    assert open_store(root).ids("motion") == ["a"]
+
+
+def test_entries_of_a_replaced_file_are_dead(root):
+    write_shard(root, "s1", {"a": rows_of(0, 3), "b": rows_of(1, 3)})
+    writer = ShardWriter(root, feature="motion", spec=SPEC, shard="s2")
+    writer.fail(SourceFacts("a", "a.avi", 2000), "truncated", "the new file is broken")
+    writer.finish()
+    publish(root)
+    store = open_store(root)
+    assert store.ids("motion") == ["b"]
+    assert failed_entries(store)[0]["id"] == "a"
+
+
+@pytest.mark.parametrize("files", range(7))
+def test_a_store_whose_making_was_cut_short_is_completed(tmp_path, monkeypatch, files):
+    real, written = tables.write_atomic, []
+
+    def write(path, data):
+        if len(written) == files:
+            (root / ".half.tmp").write_bytes(b"")
+            raise KeyboardInterrupt
+        written.append(path)
+        real(path, data)
+
+    root = tmp_path / "store.zarr"
+    root.mkdir()
+    monkeypatch.setattr(tables, "write_atomic", write)
+    with pytest.raises(KeyboardInterrupt):
+        create_store(root)
+    monkeypatch.setattr(tables, "write_atomic", real)
+    create_store(root)
+    assert len(open_store(root).entries) == 0
+
+
+def test_odd_metadata_of_a_stranger_is_an_error_of_ours(root):
+    write_shard(root, "s", {"a": rows_of(0, 3)})
+    publish(root)
+    (root / "catalogue.json").write_text("{")
+    assert describe(open_store(root)).unpublished == 1
+    spec = root / "features/motion/zarr.json"
+    good = spec.read_text()
+    for bad in ('{"attributes":' + "[" * 200_000, good.replace('"int16"', '"i4,("'), good.replace('"int16"', '"O"')):
+        spec.write_text(bad)
+        with pytest.raises(StoreFormatError):
+            _ = open_store(root).features
 
 
 def test_a_specification_changed_by_hand_is_noticed(root):

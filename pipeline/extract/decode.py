@@ -1,5 +1,7 @@
 """One pass over one video: packets decoded once, vectors to grids as they come, only sampled frames to RGB."""
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,14 +10,16 @@ from typing import Any, Literal
 import av
 import numpy as np
 import numpy.typing as npt
+from av.stream import Disposition
 
 from moclip.errors import VideoError
 from moclip.pipeline.extract.motion import Accumulator, Grid, paint_motion
 from moclip.pipeline.extract.reencode import Reencoder
 from moclip.pipeline.extract.sampling import FramePolicy
 
-#: Rows leave in blocks, so that a film's motion never sits in memory whole.
-BLOCK = 256
+#: Rows leave in blocks of at most so many rows and bytes, so that a film's motion never sits in memory whole.
+BLOCK_ROWS = 256
+BLOCK_BYTES = 32 * 2**20
 #: What a container of a known kind begins with, to tell a damaged video from a file that never was one.
 _SIGNATURES = {
     0: (b"RIFF", b"\x1aE\xdf\xa3", b"\x00\x00\x01", b"OggS", b"FLV", b"0&\xb2u"),
@@ -148,7 +152,8 @@ class _Reader:
             self.codec: str = stream.codec_context.name
             self.size = (stream.codec_context.width, stream.codec_context.height)
             rate = stream.average_rate or stream.guessed_rate
-            self.fps = float(rate) if rate else 25.0
+            # A damaged header may claim anything, and memory is planned by it.
+            self.fps = float(rate) if rate and 0.1 <= rate <= 1000 else 25.0
             self._promised: int = stream.frames
 
     @contextmanager
@@ -161,16 +166,14 @@ class _Reader:
         with container:
             if _SCRIPTS & set(container.format.name.split(",")):
                 raise VideoError("not_video", f"it is a script of other files ({container.format.name})")
-            if not container.streams.video:
-                raise VideoError("no_video_stream", f"{_kinds(container)}, and no video")
-            stream = container.streams.video[0]
+            stream = _best_stream(container)
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
             yield container, stream
 
     def promised_frames(self) -> int:
         """How many frames the container's header claims, or the number of packets where it claims nothing."""
-        if self._promised > 0:
+        if 0 < self._promised <= os.path.getsize(self._path):
             return self._promised
         with self._stream() as (container, stream):
             return sum(packet.size > 0 for packet in _packets(container, stream))
@@ -246,9 +249,11 @@ class _MotionPass:
         config = self._config
         self._grid = Grid(width, height, config.cell)
         self._accumulator = Accumulator(self._grid, config.window) if config.accumulate else None
-        self._motion = np.empty((BLOCK, 2, *self._grid.shape), np.int16)
+        row_bytes = 4 * self._grid.shape[0] * self._grid.shape[1]
+        self._block = max(1, min(BLOCK_ROWS, BLOCK_BYTES // row_bytes))
+        self._motion = np.empty((self._block, 2, *self._grid.shape), np.int16)
         self._accumulated = np.empty_like(self._motion) if config.accumulate else None
-        self._types = np.empty(BLOCK, np.uint8)
+        self._types = np.empty(self._block, np.uint8)
 
     def _paint(self, frame: av.VideoFrame) -> None:
         if self._done == self._filled == 0:
@@ -263,7 +268,7 @@ class _MotionPass:
             self._accumulator.add(vectors, picture_type, self._accumulated[at])
         self._types[at] = picture_type
         self._filled += 1
-        if self._filled == BLOCK:
+        if self._filled == self._block:
             self._flush()
 
     def _flush(self) -> None:
@@ -279,6 +284,9 @@ class _MotionPass:
 def _check_file(path: str) -> None:
     """Say plainly what is wrong with a file before libavformat says it in its own way."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            # Opening a pipe would wait for a writer that never comes.
+            raise VideoError("unreadable", "it is a folder, a pipe or a device; a file was expected")
         with open(path, "rb") as file:
             if not file.read(1):
                 raise VideoError("empty", "the file has zero bytes")
@@ -298,6 +306,18 @@ def _open_error(path: str, error: Exception) -> VideoError:
     return VideoError("not_video", f"libavformat does not know this kind of file: {message}")
 
 
+def _best_stream(container: Any) -> Any:
+    """libavformat's choice among the video streams; the cover picture of a song is not one."""
+    pictures = [stream for stream in container.streams.video if stream.disposition & Disposition.attached_pic]
+    if len(pictures) == len(container.streams.video):
+        found = "a cover picture" if pictures else _kinds(container)
+        raise VideoError("no_video_stream", f"it has {found}, and no video")
+    stream = container.streams.best("video")
+    if stream is None or stream.codec_context is None:
+        raise VideoError("unknown_codec", "this build of libavcodec has no decoder for its video")
+    return stream
+
+
 def _kinds(container: Any) -> str:
     kinds = sorted({stream.type for stream in container.streams})
-    return f"its streams are {', '.join(kinds)}" if kinds else "it has no streams"
+    return f"streams of {', '.join(kinds)}" if kinds else "no streams"

@@ -1,5 +1,6 @@
 """Which features one extraction makes, and the specification that determines each one's values."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,6 +14,7 @@ from moclip.store import FeatureSpec
 
 MotionSource = Literal["native", "mpeg4", "none"]
 MOTION, ACCUMULATED, EMBEDDING = "motion", "motion-accumulated", "embedding"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,99}")
 KINDS = (MOTION, ACCUMULATED, EMBEDDING)
 DEFAULT_ENCODER = "open_clip:ViT-B-32-quickgelu/openai"
 #: On longer GOPs the accumulation starts anew after this many frames: CoViAR's GOP.
@@ -41,6 +43,8 @@ class FeatureRequest:
             raise SourceError("nothing to extract: the motion is 'none' and so is the encoder")
         if self.rename and len(self.wanted) > 1:
             raise SourceError(f"--as names one feature, but {len(self.wanted)} are asked for; add --feature")
+        if self.rename and not _NAME.fullmatch(self.rename):
+            raise SourceError(f"{self.rename!r} cannot name a feature; expected a-z, 0-9 and '-', such as motion-16")
 
     @property
     def wanted(self) -> tuple[str, ...]:

@@ -110,15 +110,13 @@ def run(prepared: Prepared, on_progress: Callable[[Progress], None] = lambda _: 
     create_store(job.store)
     for name, spec in prepared.config.features.items():
         add_feature(job.store, name, spec)
-    _label(prepared)
+    label_new(job.store, prepared.sources.videos, prepared.sources.classes, explicit=job.splits is not None)
     totals = _Totals(on_progress)
     try:
         if prepared.plan.tasks:
             _run_tasks(prepared, totals)
     finally:
         publish(job.store)
-        # Again: a run beside this one may have written its labels over ours meanwhile.
-        _label(prepared)
     summary = _summary(prepared, totals)
     failed = summary.failed_videos
     if job.max_failures is not None and failed > job.max_failures:
@@ -135,11 +133,6 @@ def _cores() -> int:
     from dask.system import CPU_COUNT
 
     return int(CPU_COUNT)
-
-
-def _label(prepared: Prepared) -> None:
-    job, sources = prepared.job, prepared.sources
-    label_new(job.store, sources.videos, sources.classes, explicit=job.splits is not None)
 
 
 class _Totals:

@@ -15,12 +15,16 @@ from moclip.pipeline.extract.splits import (
     read_labels_csv,
     read_splits,
 )
-from moclip.store import open_store, write_labels
+from moclip.store import Store, exclusive, open_store, write_labels
 
 
 def label_store(store: Path, *, splits: Path | None = None, csv: Path | None = None) -> Labelling:
     """Change a store's labels from UCF101-style split lists or from a table; extracted features stay as they are."""
-    opened = open_store(store)
+    with exclusive(store):
+        return _label_store(open_store(store), splits, csv)
+
+
+def _label_store(opened: Store, splits: Path | None, csv: Path | None) -> Labelling:
     table = _extended(opened.labels, opened.videos.select(["id"]))
     if splits is not None:
         paths = zip(opened.videos["id"].to_pylist(), opened.videos["path"].to_pylist(), strict=True)
@@ -29,7 +33,7 @@ def label_store(store: Path, *, splits: Path | None = None, csv: Path | None = N
         labelling = label_from_table(table, read_labels_csv(csv), opened.classes)
     else:
         raise ValueError("label_store needs splits or csv")
-    write_labels(store, labelling.table, list(labelling.classes))
+    write_labels(opened.path, labelling.table, list(labelling.classes))
     return labelling
 
 
@@ -39,7 +43,11 @@ def label_new(store: Path, sources: Sequence[VideoSource], classes: Sequence[str
     What the store already says of a video stays, since `moclip label` may have said it; unless the labels were
     named ``explicit``-ly for this run.
     """
-    opened = open_store(store)
+    with exclusive(store):
+        _label_new(open_store(store), sources, classes, explicit)
+
+
+def _label_new(opened: Store, sources: Sequence[VideoSource], classes: Sequence[str], explicit: bool) -> None:
     there, new = opened.labels, labels_table(sources)
     mine = pc.is_in(there["id"], value_set=new["id"].combine_chunks())
     others, known = there.filter(pc.invert(mine)), _extended(there.filter(mine), new.select(["id"]))
@@ -47,8 +55,9 @@ def label_new(store: Path, sources: Sequence[VideoSource], classes: Sequence[str
     table = pa.concat_tables([others, merged], promote_options="default").sort_by("id")
     order = [*opened.classes, *classes] if not explicit else [*classes, *opened.classes]
     labels = table["label"].to_pylist()
-    first = [name for name in dict.fromkeys(order) if name in set(labels) or name in classes]
-    write_labels(store, table, list(class_order(labels, first)))
+    used = {*labels, *classes}
+    first = [name for name in dict.fromkeys(order) if name in used]
+    write_labels(opened.path, table, list(class_order(labels, first)))
 
 
 def _filled_from(known: pa.Table, new: pa.Table) -> pa.Table:

@@ -27,10 +27,10 @@ class FramePolicy:
         """Ascending indices into ``frames`` frames; a video shorter than N repeats some."""
         kind, _, value = self.name.partition(":")
         if kind == "fps":
-            count = max(1, round(frames / fps * float(value)))
+            count = max(1, min(frames, round(frames / fps * float(value))))
             chosen = (np.arange(count) + 0.5) * frames / count
         elif kind == "random":
-            chosen = np.sort(_seeded(video_id).permutation(_repeated(frames, int(value)))[: int(value)])
+            chosen = np.sort(_seeded(video_id).choice(frames, int(value), replace=frames < int(value)))
         else:
             count = int(value or 1)
             chosen = (np.arange(count) + 0.5) * frames / count
@@ -39,7 +39,3 @@ class FramePolicy:
 
 def _seeded(video_id: str) -> np.random.Generator:
     return np.random.default_rng(list(hashlib.sha256(video_id.encode()).digest()))
-
-
-def _repeated(frames: int, count: int) -> npt.NDArray[np.int64]:
-    return np.tile(np.arange(frames), -(-count // frames))

@@ -101,8 +101,10 @@ class _ShardRun:
             raise error.__cause__ or error from None
         except VideoError as error:
             self._fail(facts, error)
+        except FileNotFoundError:
+            self._fail(facts, VideoError("missing", "it was there and is gone"))
         except Exception as error:
-            logger.exception("unexpected error in %s", source.id)
+            logger.debug("unexpected error in %s", source.id, exc_info=True)
             self._fail(facts, VideoError("error", f"{type(error).__name__}: {error}"))
         else:
             self._close(facts, decoded, prepared)

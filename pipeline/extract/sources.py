@@ -25,6 +25,14 @@ VIDEO_EXTENSIONS = frozenset(
     ".3g2 .3gp .asf .avi .divx .f4v .flv .h264 .hevc .ivf .m2ts .m2v .m4v .mjpeg .mkv .mov .mp4 .mpeg "
     ".mpg .mts .mxf .ogv .ts .vob .webm .wmv .y4m".split()
 )
+_PLAIN_TYPES = (
+    pa.types.is_boolean,
+    pa.types.is_floating,
+    pa.types.is_string,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+    pa.types.is_null,
+)
 SPLIT_VALUES = ("train", "val", "test")
 KNOWN_COLUMNS = ("path", "id", "label", "group")
 
@@ -147,10 +155,17 @@ def _walk(root: str) -> Iterator[tuple[str, bool]]:
             ) from error
         for entry in entries:
             inside = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(inside)
             else:
                 yield inside, _is_video(entry)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself is not one
+        return False
 
 
 def _is_video(entry: os.DirEntry[str]) -> bool:
@@ -191,7 +206,9 @@ def _table_sources(path: str) -> list[VideoSource]:
         raise SourceError(f"{readable(path)!r} has no column 'path', only {table.column_names}; add one")
     folder, sources = os.path.dirname(path), []
     extra_names = [n for n in table.column_names if n not in KNOWN_COLUMNS and not is_split_column(n)]
-    columns = {name: table[name].to_pylist() for name in table.column_names}
+    columns = {
+        name: _plain(table[name]) if name in extra_names else table[name].to_pylist() for name in table.column_names
+    }
     columns["path"] = [None if cell is None else _text(cell) for cell in columns["path"]]
     for row in range(len(table)):
         if not columns["path"][row]:
@@ -207,6 +224,20 @@ def _table_sources(path: str) -> list[VideoSource]:
             )
         )
     return sources
+
+
+def _plain(column: pa.ChunkedArray) -> list[Any]:
+    """A further column's cells. What is neither number, text, time nor a list of those becomes text."""
+    cells: list[Any] = column.to_pylist()
+    if _is_plain(column.type):
+        return cells
+    return [None if cell is None else readable(str(cell)) for cell in cells]
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind):
+        return _is_plain(kind.value_type)
+    return any(fits(kind) for fits in _PLAIN_TYPES) or (pa.types.is_integer(kind) and kind != pa.uint64())
 
 
 def _row_splits(columns: Mapping[str, list[Any]], row: int, path: str) -> dict[str, str]:
@@ -240,7 +271,7 @@ def read_table(path: str) -> pa.Table:
                 column = table.column(index).cast(pa.string())
                 column.validate(full=True)
                 table = table.set_column(index, name, column)
-    except (pa.ArrowException, OSError, UnicodeError, StopIteration) as error:
+    except (pa.ArrowException, OSError, UnicodeError, StopIteration, csv.Error) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise SourceError(f"cannot read the table {readable(path)!r}: {reason}; expected CSV or Parquet") from error
     repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
@@ -251,7 +282,7 @@ def read_table(path: str) -> pa.Table:
 
 def _read_csv(path: str) -> pa.Table:
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        header = next(csv.reader(file))
+        header = next(row for row in csv.reader(file) if row)
     types = {name: pa.string() for name in header if name in KNOWN_COLUMNS or is_split_column(name)}
     types["path"] = pa.binary()
     return pa_csv.read_csv(
@@ -269,6 +300,8 @@ TABLE_READERS: Mapping[str, Callable[[str], pa.Table]] = {
 
 def _listed(folder: str, given: str) -> VideoSource:
     """A path of a list: below the list's folder known by its relative path, else by its last two parts."""
+    if "\0" in given:
+        raise SourceError(f"the path {readable(given)!r} holds a zero byte; is the list UTF-16? save it as UTF-8")
     path = os.path.join(folder, given)
     lexical = os.path.normpath(path)
     inside = folder.rstrip("/") + "/"
