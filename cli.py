@@ -182,8 +182,13 @@ def _print_plan(prepared: "Prepared") -> None:
     click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {where}")
 
 
+def _say(line: str) -> None:
+    """Print a line with words from a store: a stranger's control characters do not reach the terminal."""
+    click.echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
 def _shown(names: Any, most: int = 3) -> str:
-    """A few names on one line; control characters of a stranger's file names do not reach the terminal."""
+    """A few names on one line, quoted and escaped."""
     shown = ", ".join(repr(name) for name in names[:most])
     return shown + (", …" if len(names) > most else "")
 
@@ -271,35 +276,31 @@ def info(store: Path, as_json: bool) -> None:
     _print_info(found)
     failed = failed_entries(opened)
     for row in failed[:20]:
-        click.echo(f"  {_shown([row['id']])} {row['feature']}: {row['reason']}: {_one_line(row['detail'])[:120]}")
+        _say(f"  {_shown([row['id']])} {row['feature']}: {row['reason']}: {_one_line(row['detail'] or '')[:120]}")
     if len(failed) > 20:
         click.echo(f"  … {len(failed) - 20} more: moclip info --json")
 
 
 def _print_info(found: "StoreInfo") -> None:
     size = found.video_bytes / 1e6
-    click.echo(
-        f"{found.path}: {found.videos} videos, {found.hours:.2f} hours, {found.frames} frames, {size:.1f} MB of video"
-    )
+    _say(f"{found.path}: {found.videos} videos, {found.hours:.2f} hours, {found.frames} frames, {size:.1f} MB of video")
     if found.corrupt_frames:
-        click.echo(f"  {found.corrupt_frames} frames are corrupt (concealed or refused by the decoder)")
+        _say(f"  {found.corrupt_frames} frames are corrupt (concealed or refused by the decoder)")
     if found.unpublished:
-        click.echo(f"  {found.unpublished} finished shards are not in the tables; the next `moclip extract` adds them")
+        _say(f"  {found.unpublished} finished shards are not in the tables; the next `moclip extract` adds them")
     for feature in found.features:
         spec = feature.specification
-        click.echo(f"{feature.name}  {spec.dtype}, {spec.unit}, digest {feature.digest}")
+        _say(f"{feature.name}  {spec.dtype}, {spec.unit}, digest {feature.digest}")
         per_row = feature.bytes / feature.rows if feature.rows else 0
-        click.echo(
-            f"  {feature.ok} videos, {feature.rows} rows, {feature.bytes / 1e6:.1f} MB, {per_row:.0f} bytes a row"
-        )
+        _say(f"  {feature.ok} videos, {feature.rows} rows, {feature.bytes / 1e6:.1f} MB, {per_row:.0f} bytes a row")
         parameters = {key: value for key, value in spec.parameters.items() if not isinstance(value, dict)}
-        click.echo("  " + ", ".join(f"{key} {value}" for key, value in parameters.items()))
+        _say("  " + ", ".join(f"{key} {value}" for key, value in parameters.items()))
         for reason, count in feature.failures.items():
-            click.echo(f"  failed: {count} {reason}")
+            _say(f"  failed: {count} {reason}")
     if found.labels:
-        click.echo(f"{len(found.labels)} classes, {sum(found.labels.values())} labelled videos")
+        _say(f"{len(found.labels)} classes, {sum(found.labels.values())} labelled videos")
     for name, parts in found.splits.items():
-        click.echo(f"split {name}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
+        _say(f"split {name}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
 
 
 _Option = Callable[[Callable[..., None]], Callable[..., None]]
@@ -434,16 +435,16 @@ def _print_result(result: "TrainResult") -> None:
 
 
 def _print_metrics(metrics: "Metrics", per_class: bool = False) -> None:
-    click.echo(
+    _say(
         f"split {metrics.split}, {metrics.clips} test clips, {metrics.protocol}: top-1 {100 * metrics.top1:.1f} %, "
         f"top-5 {100 * metrics.top5:.1f} %, mean over classes {100 * metrics.mean_class_accuracy:.1f} %"
     )
     for reason, count in metrics.missing.items():
-        click.echo(f"  {count} labelled clips are not in these numbers: {reason}")
+        _say(f"  {count} labelled clips are not in these numbers: {reason}")
     if per_class:
         for name, found in metrics.per_class.items():
             shown = "no clips" if found.accuracy is None else f"{100 * found.accuracy:5.1f} %"
-            click.echo(f"  {shown}  {found.n:4d}  {name}")
+            _say(f"  {shown}  {found.n:4d}  {name}")
 
 
 @main.command()
