@@ -221,16 +221,13 @@ def _console() -> Any:
 
 
 def _print_summary(summary: "Summary", store: Path) -> None:
-    click.echo(f"{summary.videos} videos, {summary.frames} frames decoded; {summary.ok} entries of these videos are ok")
-    _print_failures(summary.failures)
-    click.echo(f"store: {store}")
-
-
-def _print_failures(failures: Any) -> None:
-    if failures:
-        click.echo(f"failed entries: {sum(failures.values())}")
-        for (feature, reason), count in sorted(failures.items(), key=lambda item: -item[1]):
-            click.echo(f"  {count:6d}  {reason:20} {feature}")
+    click.echo(f"{summary.videos} videos, {summary.frames} frames decoded; now in {store}:")
+    width = max(len(name) for name in summary.ok_by_feature)
+    click.echo(f"  {'feature':{width}}      ok  failed")
+    for name, ok in summary.ok_by_feature.items():
+        failed = {reason: count for (feature, reason), count in summary.failures.items() if feature == name}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(failed.items()))
+        click.echo(f"  {name:{width}}  {ok:6d}  {sum(failed.values()):6d}  {reasons}".rstrip())
 
 
 @main.command()

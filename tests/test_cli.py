@@ -66,7 +66,7 @@ def test_extract_info_label_and_a_second_run(tmp_path, corpus):
     first = run("extract", corpus, store, "--encoder", "none", "--workers", 1)
     assert first.exit_code == 0, first.output
     assert "1 other files are no videos by their names ('notes.txt')" in first.output
-    assert re.search(r"1\s+empty\s+motion\n", first.output)
+    assert re.search(r"motion +2 +1 +1 empty\n", first.output)
     again = run("extract", corpus, store, "--encoder", "none", "--workers", 1)
     assert "to do: 0 videos" in again.output
     assert "1 failed before ('left/empty'); --retry-failed" in again.output

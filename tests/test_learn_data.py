@@ -13,8 +13,8 @@ from torch.nn.functional import interpolate
 
 from moclip.errors import RunError
 from moclip.pipeline.learn import data
+from moclip.pipeline.learn.clips import read_split
 from moclip.pipeline.learn.data import Motion, ahead, choose_device, middle_indices, random_indices, shuffled
-from moclip.pipeline.learn.splits import read_split
 from moclip.pipeline.learn.views import (
     Geometry,
     Views,
@@ -276,7 +276,7 @@ class TestSplits:
     def test_ten_thousand_clips_are_split_in_seconds(self) -> None:
         import pyarrow as pa
 
-        from moclip.pipeline.learn.splits import _hold_out
+        from moclip.pipeline.learn.clips import _hold_out
 
         n = 13_320
         rng = np.random.default_rng(0)

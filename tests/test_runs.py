@@ -12,10 +12,10 @@ import torch
 from synthetic import embedding_spec
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.clips import Clips, Split
 from moclip.pipeline.learn.fit import EpochRow, Fitted
 from moclip.pipeline.learn.metrics import Evaluation, score
 from moclip.pipeline.learn.runs import RunWriter, load_run, write_evaluation
-from moclip.pipeline.learn.splits import Clips, Split
 
 ROW = EpochRow(1, 0.5, 0.25, 1.0, 2.0, 0.01)
 

@@ -1,32 +1,22 @@
 """One pass over one video: packets decoded once, vectors to grids as they come, only sampled frames to RGB."""
 
-import os
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
 import numpy.typing as npt
-from av.stream import Disposition
 
 from moclip.errors import VideoError
 from moclip.pipeline.extract.motion import Accumulator, Grid, paint_motion
 from moclip.pipeline.extract.reencode import Reencoder
 from moclip.pipeline.extract.sampling import FramePolicy
+from moclip.pipeline.extract.video_file import VideoFile, frame_seconds
 
 #: Rows leave in blocks of at most so many rows and bytes, so that a film's motion never sits in memory whole.
 BLOCK_ROWS = 256
 BLOCK_BYTES = 32 * 2**20
-#: What a container of a known kind begins with, to tell a damaged video from a file that never was one.
-_SIGNATURES = {
-    0: (b"RIFF", b"\x1aE\xdf\xa3", b"\x00\x00\x01", b"OggS", b"FLV", b"0&\xb2u"),
-    4: (b"ftyp", b"moov", b"mdat"),
-}
-#: Formats that only name other files. A video's features must come from the video itself.
-_SCRIPTS = {"concat", "dash", "hls", "imf", "sdp"}
 
 
 @dataclass(frozen=True)
@@ -80,8 +70,7 @@ def decode_video(path: str, video_id: str, config: DecodeConfig, emit: Callable[
     Raises :class:`VideoError` where nothing can be said of the video. Sampled frames are chosen by the number of
     frames the container promises; if another number decodes and the choice changes, they alone are decoded again.
     """
-    _check_file(path)
-    reader = _Reader(path)
+    reader = VideoFile(path)
     promised = reader.promised_frames() if config.frames else 0
     wanted = _indices(config, promised, reader.fps, video_id)
     sampled: dict[int, SampledFrame] = {}
@@ -95,7 +84,7 @@ def decode_video(path: str, video_id: str, config: DecodeConfig, emit: Callable[
     actual = _indices(config, reader.count, reader.fps, video_id)
     if not actual <= sampled.keys():
         sampled.clear()
-        again = _Reader(path)
+        again = VideoFile(path)
         for frame in again.frames(vectors=False):
             _sample(frame, again, actual, sampled)
     span = motion.finish()
@@ -119,19 +108,14 @@ def _indices(config: DecodeConfig, frames: int, fps: float, video_id: str) -> se
     return set(config.frames.indices(frames, fps, video_id).tolist())
 
 
-def _sample(frame: av.VideoFrame, reader: "_Reader", wanted: set[int], into: dict[int, SampledFrame]) -> None:
+def _sample(frame: av.VideoFrame, reader: "VideoFile", wanted: set[int], into: dict[int, SampledFrame]) -> None:
     index = reader.count - 1
     if index in wanted:
         rgb = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        into[index] = SampledFrame(index, _seconds(frame, index, reader.fps), rgb)
+        into[index] = SampledFrame(index, frame_seconds(frame, index, reader.fps), rgb)
 
 
-def _seconds(frame: av.VideoFrame, index: int, fps: float) -> float:
-    """The frame's time in its stream; by the frame rate where the stream does not say."""
-    return index / fps if frame.time is None else float(frame.time)
-
-
-def _motion_error(config: DecodeConfig, reader: "_Reader", motion: "_MotionPass") -> VideoError | None:
+def _motion_error(config: DecodeConfig, reader: "VideoFile", motion: "_MotionPass") -> VideoError | None:
     if config.motion == "none" or motion.carried or reader.count == 1:
         return None
     return VideoError(
@@ -139,80 +123,6 @@ def _motion_error(config: DecodeConfig, reader: "_Reader", motion: "_MotionPass"
         f"the {reader.codec} decoder gave no motion vectors in {reader.count} frames; "
         "use --motion mpeg4 (a re-encode in memory), or --motion none for the embedding alone",
     )
-
-
-class _Reader:
-    """A file's first video stream, decoded frame by frame by one thread; what does not decode is counted."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.count = 0
-        self.corrupt = 0
-        with self._stream() as (_, stream):
-            self.codec: str = stream.codec_context.name
-            self.size = (stream.codec_context.width, stream.codec_context.height)
-            rate = stream.average_rate or stream.guessed_rate
-            # A damaged header may claim anything, and memory is planned by it.
-            self.fps = float(rate) if rate and 0.1 <= rate <= 1000 else 25.0
-            self._promised: int = stream.frames
-
-    @contextmanager
-    def _stream(self) -> Iterator[tuple[Any, Any]]:
-        try:
-            # Only local files: a script that calls itself a video must not reach the network.
-            container = av.open(self._path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
-        except av.error.FFmpegError as error:
-            raise _open_error(self._path, error) from error
-        with container:
-            if _SCRIPTS & set(container.format.name.split(",")):
-                raise VideoError("not_video", f"it is a script of other files ({container.format.name})")
-            stream = _best_stream(container)
-            stream.thread_type = "NONE"
-            stream.codec_context.thread_count = 1
-            yield container, stream
-
-    def promised_frames(self) -> int:
-        """How many frames the container's header claims, or the number of packets where it claims nothing."""
-        if 0 < self._promised <= os.path.getsize(self._path):
-            return self._promised
-        with self._stream() as (container, stream):
-            return sum(packet.size > 0 for packet in _packets(container, stream))
-
-    def frames(self, vectors: bool) -> Iterator[av.VideoFrame]:
-        """The frames in display order, with vectors as side data if asked for."""
-        with self._stream() as (container, stream):
-            context = stream.codec_context
-            if vectors:
-                context.options = {"flags2": "+export_mvs"}
-            for packet in _packets(container, stream):
-                try:
-                    decoded = context.decode(packet)
-                except av.error.FFmpegError:
-                    self.corrupt += 1
-                    continue
-                for frame in decoded:
-                    self._check_size(frame)
-                    self.corrupt += bool(frame.is_corrupt)
-                    self.count += 1
-                    yield frame
-
-    def _check_size(self, frame: av.VideoFrame) -> None:
-        size = (frame.width, frame.height)
-        if self.count == 0:
-            self.size = size
-        elif size != self.size:
-            raise VideoError(
-                "resolution_changed",
-                f"frame {self.count} is {size[0]}x{size[1]}, those before it {self.size[0]}x{self.size[1]}",
-            )
-
-
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Packets up to the end, or up to where the container cannot be read on; the last one flushes the decoder."""
-    try:
-        yield from container.demux(stream)
-    except av.error.FFmpegError:
-        yield None
 
 
 class _MotionPass:
@@ -228,7 +138,7 @@ class _MotionPass:
         self.carried = False
 
     def add(self, frame: av.VideoFrame, index: int, fps: float) -> None:
-        self._times.append(_seconds(frame, index, fps))
+        self._times.append(frame_seconds(frame, index, fps))
         if self._config.motion == "none":
             return
         if self._reencoder is None:
@@ -279,45 +189,3 @@ class _MotionPass:
         self._done += count
         accumulated = None if self._accumulated is None else self._accumulated[:count].copy()
         self._emit(MotionRows(self._motion[:count].copy(), accumulated, times, self._types[:count].copy()))
-
-
-def _check_file(path: str) -> None:
-    """Say plainly what is wrong with a file before libavformat says it in its own way."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            # Opening a pipe would wait for a writer that never comes.
-            raise VideoError("unreadable", "it is a folder, a pipe or a device; a file was expected")
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise VideoError("empty", "the file has zero bytes")
-    except FileNotFoundError:
-        raise VideoError("missing", "there is no such file") from None
-    except OSError as error:
-        raise VideoError("unreadable", error.strerror or str(error)) from error
-
-
-def _open_error(path: str, error: Exception) -> VideoError:
-    with open(path, "rb") as file:
-        head = file.read(16)
-    known = any(head[at:].startswith(signature) for at, all_ in _SIGNATURES.items() for signature in all_)
-    message = getattr(error, "strerror", None) or str(error)
-    if known:
-        return VideoError("truncated", f"it begins like a video, but cannot be opened: {message}")
-    return VideoError("not_video", f"libavformat does not know this kind of file: {message}")
-
-
-def _best_stream(container: Any) -> Any:
-    """libavformat's choice among the video streams; the cover picture of a song is not one."""
-    pictures = [stream for stream in container.streams.video if stream.disposition & Disposition.attached_pic]
-    if len(pictures) == len(container.streams.video):
-        found = "a cover picture" if pictures else _kinds(container)
-        raise VideoError("no_video_stream", f"it has {found}, and no video")
-    stream = container.streams.best("video")
-    if stream is None or stream.codec_context is None:
-        raise VideoError("unknown_codec", "this build of libavcodec has no decoder for its video")
-    return stream
-
-
-def _kinds(container: Any) -> str:
-    kinds = sorted({stream.type for stream in container.streams})
-    return f"streams of {', '.join(kinds)}" if kinds else "no streams"

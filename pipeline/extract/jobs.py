@@ -59,13 +59,20 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Summary:
-    """How an extraction ended. ``failures`` counts the failed entries of the job's videos by (feature, reason)."""
+    """How an extraction ended: what this run decoded, and all entries of the job's videos, whenever they were made.
+
+    ``ok_by_feature`` counts the ok entries, ``failures`` the failed ones by (feature, reason).
+    """
 
     videos: int
     frames: int
-    ok: int
+    ok_by_feature: Counter[str]
     failures: Counter[tuple[str, str]]
     failed_videos: int
+
+    @property
+    def ok(self) -> int:
+        return self.ok_by_feature.total()
 
 
 def prepare(job: Job) -> Prepared:
@@ -283,16 +290,15 @@ def _quieten(library: str) -> None:
 
 
 def _summary(prepared: Prepared, totals: _Totals) -> Summary:
-    """Count the entries of this job's videos and features, whenever they were made."""
     entries = open_store(prepared.job.store).entries
     ids = {source.id for source in prepared.sources.videos}
     failures: Counter[tuple[str, str]] = Counter()
     failed: set[str] = set()
-    ok = 0
+    ok = Counter({name: 0 for name in prepared.config.features})
     for row in entries.select(["id", "feature", "status", "reason"]).to_pylist():
         if row["id"] in ids and row["feature"] in prepared.config.features:
             if row["status"] == "ok":
-                ok += 1
+                ok[row["feature"]] += 1
             else:
                 failures[row["feature"], row["reason"]] += 1
                 failed.add(row["id"])

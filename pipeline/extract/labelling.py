@@ -20,7 +20,7 @@ from moclip.store import Store, exclusive, open_store, write_labels
 
 def label_store(store: Path, *, splits: Path | None = None, csv: Path | None = None) -> Labelling:
     """Change a store's labels from UCF101-style split lists or from a table; extracted features stay as they are."""
-    with exclusive(store):
+    with exclusive(open_store(store).path):
         return _label_store(open_store(store), splits, csv)
 
 
@@ -43,7 +43,7 @@ def label_new(store: Path, sources: Sequence[VideoSource], classes: Sequence[str
     What the store already says of a video stays, since `moclip label` may have said it; unless the labels were
     named ``explicit``-ly for this run.
     """
-    with exclusive(store):
+    with exclusive(open_store(store).path):
         _label_new(open_store(store), sources, classes, explicit)
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.clips import Clips, Split, read_labelled, read_split
 from moclip.pipeline.learn.data import Ints, choose_device, shuffled
 from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, one_thread, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_run
-from moclip.pipeline.learn.splits import Clips, Split, read_labelled, read_split
 from moclip.store import Store, open_store
 
 _HIDDEN = 512

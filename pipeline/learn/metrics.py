@@ -9,7 +9,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from moclip.errors import RunError
-from moclip.pipeline.learn.splits import Clips
+from moclip.pipeline.learn.clips import Clips
 
 
 @dataclass(frozen=True)

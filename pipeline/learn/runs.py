@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.clips import Split
 from moclip.pipeline.learn.fit import EpochRow, Fitted
 from moclip.pipeline.learn.metrics import Evaluation, Metrics
-from moclip.pipeline.learn.splits import Split
 from moclip.store import FeatureSpec, Store, parquet_bytes, write_atomic
 
 FORMAT = 1

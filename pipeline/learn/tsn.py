@@ -16,6 +16,7 @@ from torch import nn
 
 from moclip.errors import EncoderError, RunError
 from moclip.pipeline.backbones import timm_backbone
+from moclip.pipeline.learn.clips import Split, read_labelled, read_split
 from moclip.pipeline.learn.data import (
     Ints,
     Motion,
@@ -29,7 +30,6 @@ from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, pool, write_pooled
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult
-from moclip.pipeline.learn.splits import Split, read_labelled, read_split
 from moclip.pipeline.learn.views import fixed_views, random_views
 from moclip.pipeline.weights import hash_weights
 from moclip.store import Store, open_store

@@ -14,9 +14,9 @@ import torch
 
 from moclip.errors import RunError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
+from moclip.pipeline.learn.clips import read_labelled
 from moclip.pipeline.learn.data import choose_device
 from moclip.pipeline.learn.metrics import Evaluation, score
-from moclip.pipeline.learn.splits import read_labelled
 from moclip.store import Store, open_store
 
 TEMPLATES = (
