@@ -22,7 +22,7 @@ from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.plan import make_plan
 from moclip.pipeline.extract.shard import ShardTask, record_failure
 from moclip.pipeline.extract.sources import list_sources
-from moclip.store import create_store, failed_entries, first_difference, open_store, publish
+from moclip.store import add_feature, create_store, failed_entries, first_difference, open_store, publish
 
 EMBEDDING = "embedding-test-vit-"
 
@@ -279,6 +279,7 @@ def test_a_crash_is_recorded_for_its_video(tmp_path, corpus):
     sources = list_sources(corpus).videos[:1]
     prepared = jobs.prepare(jobs.Job(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",))))
     create_store(tmp_path / "s.zarr")
+    add_feature(tmp_path / "s.zarr", "motion", prepared.config.features["motion"])
     task = ShardTask(0, sources, ("motion",))
     record_failure(str(tmp_path / "s.zarr"), task, prepared.config, "crashed", "the worker died")
     publish(tmp_path / "s.zarr")

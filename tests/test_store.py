@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from operator import methodcaller
 
 import numpy as np
 import pyarrow as pa
@@ -287,17 +288,15 @@ def test_a_store_pickles_and_reopens(root):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read("motion", "a"), rows_of(0, 3))
 
 
-def _read(store):
-    return store.read("motion", "a")
-
-
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_store_is_read_in_other_processes(root, method):
     write_shard(root, "s", {"a": rows_of(0, 3)})
     publish(root)
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        np.testing.assert_array_equal(pool.submit(_read, open_store(root)).result(60), rows_of(0, 3))
+        np.testing.assert_array_equal(
+            pool.submit(methodcaller("read", "motion", "a"), open_store(root)).result(60), rows_of(0, 3)
+        )
 
 
 def test_reading_after_a_fork_is_an_error_and_not_a_hang(root, monkeypatch):

@@ -94,7 +94,7 @@ def test_training_learns_directions_and_writes_a_run(trained: TrainResult, rows:
     assert trained.best == best
 
     names = {path.name for path in trained.run.iterdir()}
-    assert names == {"config.json", "model.safetensors", "history.csv", "features.zarr", "metrics.json",
+    assert names == {"trained_on.parquet", "config.json", "model.safetensors", "history.csv", "features.zarr", "metrics.json",
                      "predictions.parquet"}  # fmt: skip
     metrics = json.loads((trained.run / "metrics.json").read_text())
     assert metrics["test"]["top1"] == trained.test.top1
