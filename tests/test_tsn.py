@@ -94,8 +94,10 @@ def test_training_learns_directions_and_writes_a_run(trained: TrainResult, rows:
     assert trained.best == best
 
     names = {path.name for path in trained.run.iterdir()}
-    assert names == {"trained_on.parquet", "config.json", "model.safetensors", "history.csv", "features.zarr", "metrics.json",
-                     "predictions.parquet"}  # fmt: skip
+    assert names == {
+        "config.json", "features.zarr", "history.csv", "metrics.json", "model.safetensors", "predictions.parquet",
+        "trained_on.parquet",
+    }  # fmt: skip
     metrics = json.loads((trained.run / "metrics.json").read_text())
     assert metrics["test"]["top1"] == trained.test.top1
     assert metrics["best"]["epoch"] == best.epoch
