@@ -13,14 +13,14 @@ import pytest
 import timm
 import torch
 import videos
-from distributed import LocalCluster
+from distributed import KilledWorker, LocalCluster
 
 from moclip.errors import EncoderError, FeatureError, SourceError, TooManyFailuresError
 from moclip.pipeline.backbones import EncoderConfig
 from moclip.pipeline.extract import jobs
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.plan import make_plan
-from moclip.pipeline.extract.shard import ShardTask, record_failure
+from moclip.pipeline.extract.shard import ShardTask
 from moclip.pipeline.extract.sources import list_sources
 from moclip.store import add_feature, create_store, failed_entries, first_difference, open_store, publish
 
@@ -275,15 +275,26 @@ def test_a_store_that_cannot_be_written_is_no_video_s_fault(tmp_path, corpus, mo
     assert failed_entries(open_store(tmp_path / "s.zarr")) == []
 
 
-def test_a_crash_is_recorded_for_its_video(tmp_path, corpus):
-    sources = list_sources(corpus).videos[:1]
+class Killed:
+    """The future of a task that killed every worker it was given to."""
+
+    def result(self):
+        raise KilledWorker("task", None, 2)
+
+
+def test_what_kills_its_workers_is_tried_alone_and_then_recorded(tmp_path, corpus):
     prepared = jobs.prepare(jobs.Job(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",))))
     create_store(tmp_path / "s.zarr")
     add_feature(tmp_path / "s.zarr", "motion", prepared.config.features["motion"])
-    task = ShardTask(0, sources, ("motion",))
-    record_failure(str(tmp_path / "s.zarr"), task, prepared.config, "crashed", "the worker died")
+    totals = jobs._Totals(lambda _: None)
+    task = ShardTask(3, list_sources(corpus).videos[:3], ("motion",))
+    alone = jobs._finish(Killed(), task, prepared, totals)
+    assert [again.videos for again in alone] == [(video,) for video in task.videos]
+    assert jobs._finish(Killed(), alone[1], prepared, totals) == []
     publish(tmp_path / "s.zarr")
-    assert failed_entries(open_store(tmp_path / "s.zarr"))[0]["reason"] == "crashed"
+    (failed,) = failed_entries(open_store(tmp_path / "s.zarr"))
+    assert (failed["id"], failed["reason"]) == (task.videos[1].id, "crashed")
+    assert (totals.sum.videos, totals.sum.failed) == (1, 1)
 
 
 def test_shards_are_bounded_and_in_id_order(tmp_path, corpus):
