@@ -58,7 +58,7 @@ def main(verbose: bool) -> None:
 
     Exit codes: 0 done, 1 an error that one line explains, 2 a wrong command line, 130 interrupted.
     """
-    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("moclip").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
@@ -105,7 +105,9 @@ def main(verbose: bool) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def extract(source: Path, store: Path, **options: Any) -> None:
-    """Decode the videos of SOURCE once, into the feature store STORE; only what is missing is done.
+    """Decode videos once, into a feature store.
+
+    Only what is missing is done.
 
     SOURCE is a folder (class folders give labels), a .txt list of paths, or a .csv or .parquet table with a
     column path and, if you like, id, label, group, split_NAME (train, val or test) and more.
@@ -134,8 +136,11 @@ def extract(source: Path, store: Path, **options: Any) -> None:
     _print_plan(prepared)
     if options["dry_run"]:
         return
-    with _extraction_bar(prepared.plan.videos) as advance:
-        summary = jobs.run(prepared, advance)
+    if prepared.plan.tasks:
+        with _extraction_bar(prepared.plan.videos) as advance:
+            summary = jobs.run(prepared, advance)
+    else:
+        summary = jobs.run(prepared)
     _print_summary(summary, store)
 
 
@@ -178,6 +183,9 @@ def _print_plan(prepared: "Prepared") -> None:
             f"  {len(plan.changed)} have another size now and are left alone ({_shown(plan.changed)}); "
             "--replace-changed extracts them again, if all features that they have are asked for"
         )
+    if not plan.tasks:
+        click.echo("  nothing to do")
+        return
     where = prepared.job.scheduler or f"{prepared.workers} workers"
     click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {where}")
 
@@ -203,7 +211,7 @@ def _extraction_bar(videos: int) -> Iterator[Any]:
         TextColumn("{task.completed}/{task.total} videos · {task.fields[rates]} · failed {task.fields[failed]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_console()) as bar:
+    with Progress(*columns, console=_console(), transient=True) as bar:
         line = bar.add_task("extract", total=videos, rates="starting", failed=0)
 
         def advance(now: Any) -> None:
@@ -235,7 +243,10 @@ def _print_summary(summary: "Summary", store: Path) -> None:
 @click.option("--splits", type=_EXISTING, help="A folder with classInd.txt, trainlist0N.txt and testlist0N.txt.")
 @click.option("--csv", "table", type=_EXISTING, help="A .csv or .parquet file: id, and label, group or split_NAME.")
 def label(store: Path, splits: Path | None, table: Path | None) -> None:
-    """Change a store's labels, groups and splits; nothing is extracted.
+    """Change labels, groups and splits without extraction.
+
+    A label or group is replaced where one is given. A split is replaced as a whole: a video that it does not
+    list leaves it.
 
     \b
     Example:
@@ -248,16 +259,19 @@ def label(store: Path, splits: Path | None, table: Path | None) -> None:
     found = label_store(store, splits=splits, csv=table)
     click.echo(f"{len(found.table)} videos, {len(found.classes)} classes")
     if found.absent:
-        click.echo(f"  {len(found.absent)} listed videos are not in the store ({_shown(found.absent)})")
+        click.echo(f"  listed, but not in the store: {len(found.absent)} ({_shown(found.absent)})")
     if found.unlisted:
-        click.echo(f"  {len(found.unlisted)} videos of the store are not listed ({_shown(found.unlisted)})")
+        click.echo(
+            f"  in the store, but not listed: {len(found.unlisted)} ({_shown(found.unlisted)}); "
+            "they are in no part of the listed splits now"
+        )
 
 
 @main.command()
 @click.argument("store", type=_EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 def info(store: Path, as_json: bool) -> None:
-    """Show what a store holds: videos, features and their specifications, splits, failures.
+    """Show what a store holds, and what failed.
 
     \b
     Example:
@@ -290,7 +304,9 @@ def _print_info(found: "StoreInfo") -> None:
         _say(f"{feature.name}  {spec.dtype}, {spec.unit}, digest {feature.digest}")
         per_row = feature.bytes / feature.rows if feature.rows else 0
         _say(f"  {feature.ok} videos, {feature.rows} rows, {feature.bytes / 1e6:.1f} MB, {per_row:.0f} bytes a row")
-        parameters = {key: value for key, value in spec.parameters.items() if not isinstance(value, dict)}
+        parameters = {
+            key: value for key, value in spec.parameters.items() if value is not None and not isinstance(value, dict)
+        }
         _say("  " + ", ".join(f"{key} {value}" for key, value in parameters.items()))
         for reason, count in feature.failures.items():
             _say(f"  failed: {count} {reason}")
@@ -317,15 +333,17 @@ def _options(*options: _Option) -> _Option:
 _TRAINING = _options(
     click.option("--split", required=True, metavar="NAME", help="The split of the store to train and test on."),
     click.option("--out", required=True, type=_NEW, help="The run directory to make."),
-    click.option("--epochs", type=int, help="Passes over the training part."),
-    click.option("--batch", type=int, help="Clips a step."),
-    click.option("--lr", type=float, help="Learning rate."),
-    click.option("--segments", type=int, help="Segments a clip in training."),
+    click.option("--epochs", type=int, help="Passes over the training part.  [default: tsn 30, else 100]"),
+    click.option("--batch", type=int, help="Clips a step.  [default: tsn 24, else 64]"),
+    click.option("--lr", type=float, help="Learning rate.  [default: tsn 0.01, else 0.0001]"),
+    click.option("--segments", type=int, help="Segments a clip in training.  [default: 3]"),
     click.option(
-        "--val-fraction", type=float, help="Part of train, in whole groups, that chooses the epoch; 0 takes the last."
+        "--val-fraction",
+        type=float,
+        help="Part of train, in whole groups, that chooses the epoch; 0 takes the last.  [default: 0.15]",
     ),
-    click.option("--seed", type=int, help="Fixes every random choice."),
-    click.option("--device", help="cpu, cuda or auto."),
+    click.option("--seed", type=int, help="Fixes every random choice.  [default: 0]"),
+    click.option("--device", help="cpu, cuda or auto.  [default: auto]"),
 )
 
 
@@ -411,7 +429,7 @@ def _training_bar(epochs: int) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("train"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=_console()) as bar:
+    with Progress(*columns, console=_console(), transient=True) as bar:
         line = bar.add_task("", total=epochs)
 
         def on_epoch(row: Any) -> None:
@@ -471,7 +489,7 @@ def evaluate(run: Path, store: Path, **options: Any) -> None:
 @click.option("--weights", type=_EXISTING, help="A file with the encoder's weights, instead of a download.")
 @click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
 def zeroshot(store: Path, weights: Path | None, **options: Any) -> None:
-    """Classify stored CLIP embeddings by the names of the classes, without training.
+    """Classify CLIP embeddings by the classes' names.
 
     \b
     Example:
@@ -486,7 +504,7 @@ def zeroshot(store: Path, weights: Path | None, **options: Any) -> None:
 @main.command()
 @click.option("--out", type=_NEW, default=Path("moclip-demo"), help="Where it goes.", show_default=True)
 def demo(out: Path) -> None:
-    """The whole way on a small generated corpus, offline, in about three minutes.
+    """The whole way on a small generated corpus, offline, in about a minute.
 
     \b
     Example:

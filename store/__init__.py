@@ -8,7 +8,7 @@ from moclip.store.fold import fold
 from moclip.store.reader import Store, open_store
 from moclip.store.receipts import Entry, Receipt, list_receipts, parquet_bytes, write_receipt
 from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, SourceFacts
-from moclip.store.tables import add_feature, create_store, is_added, publish, write_labels
+from moclip.store.tables import add_feature, create_store, is_added, is_foreign, publish, write_labels
 from moclip.store.writer import ShardWriter
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "first_difference",
     "fold",
     "is_added",
+    "is_foreign",
     "limit_threads",
     "list_receipts",
     "open_store",

@@ -89,7 +89,8 @@ class Store:
             return close[0]
         there = ", ".join(close or self.features) or "none yet"
         problem = "is ambiguous" if close else "is not there"
-        raise FeatureError(f"the feature {name!r} {problem} in {self.path}; name one of: {there}")
+        advice = "name one" if close else f"`moclip extract SOURCE STORE --feature {name}` adds it"
+        raise FeatureError(f"the feature {name!r} {problem} in {self.path}, which has: {there}; {advice}")
 
     def ids(self, feature: str) -> list[str]:
         """The ids that have rows of ``feature``, in id order."""

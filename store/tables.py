@@ -29,7 +29,7 @@ def create_store(root: str | Path) -> None:
     root = Path(root)
     if (root / "zarr.json").exists():
         check_format(root)
-    elif _is_foreign(root):
+    elif is_foreign(root):
         raise StoreFormatError(f"{root} exists and is not a moclip store; name another path")
     else:
         # First: whoever comes now, or after a kill here, completes the rest.
@@ -45,14 +45,15 @@ def create_store(root: str | Path) -> None:
         _write_catalogue(root, [])
 
 
-def _is_foreign(root: Path) -> bool:
-    if not root.exists():
+def is_foreign(root: Path) -> bool:
+    """Whether something else than a store, or the beginning of one, is at ``root``."""
+    if not root.exists() or (root / "zarr.json").exists():
         return False
     if not root.is_dir():
         return True
     # Hidden names are unfinished writes, of a run that began at the same time or was killed.
     visible = [path.name for path in root.iterdir() if not path.name.startswith(".")]
-    return bool(visible) and "zarr.json" not in visible
+    return bool(visible) and not (root / "zarr.json").exists()
 
 
 def add_feature(root: str | Path, name: str, spec: FeatureSpec) -> None:

@@ -211,7 +211,7 @@ def test_max_failures(tmp_path):
     for i in range(3):
         videos.zero_bytes(source / f"{i}.avi")
     request = FeatureRequest(kinds=("motion",))
-    with pytest.raises(TooManyFailuresError, match=r"3 videos have a failed entry, 2 allowed \(motion empty: 3\)"):
+    with pytest.raises(TooManyFailuresError, match=r"videos with a failed entry: 3, allowed: 2 \(motion empty: 3\)"):
         extract(source, tmp_path / "s.zarr", request, max_failures=2)
     assert len(failed_entries(open_store(tmp_path / "s.zarr"))) == 3
     extract(source, tmp_path / "s.zarr", request, max_failures=3)
@@ -378,3 +378,17 @@ def test_kill_anything_and_the_next_run_continues(tmp_path, long_corpus, long_un
     assert again.returncode == 0, err
     assert re.search(r"motion +8 +0\n", out)
     assert first_difference(open_store(store), open_store(long_undisturbed)) is None
+
+
+def test_ctrl_c_while_the_workers_start_is_not_lost(tmp_path, long_corpus):
+    process = start_cli("extract", long_corpus, tmp_path / "store.zarr", "--encoder", "none", "--workers", 1)
+    try:
+        assert any("to do: 8 videos" in line for line in iter(process.stdout.readline, ""))
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err

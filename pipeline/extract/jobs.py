@@ -8,17 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from moclip.errors import MoclipError, SourceError, TooManyFailuresError
+from moclip.errors import MoclipError, SourceError, StoreFormatError, TooManyFailuresError
 from moclip.pipeline.extract.features import ExtractConfig, FeatureRequest, resolve
 from moclip.pipeline.extract.labelling import label_new
 from moclip.pipeline.extract.plan import Plan, make_plan
 from moclip.pipeline.extract.shard import Progress, ShardTask, extract_shard, record_failure
 from moclip.pipeline.extract.sources import SourceList, list_sources
 from moclip.pipeline.extract.splits import read_splits
-from moclip.store import add_feature, create_store, is_added, open_store, publish
+from moclip.store import add_feature, create_store, is_added, is_foreign, open_store, publish
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ def prepare(job: Job) -> Prepared:
     workers = job.workers or cores
     threads = 1 if job.scheduler else max(1, cores // workers)
     config = resolve(job.request, threads)
+    if is_foreign(job.store):
+        raise StoreFormatError(f"{job.store} exists and is not a moclip store; name another path")
     if job.store.exists():
         for name, spec in config.features.items():
             is_added(job.store, name, spec)
@@ -129,7 +132,7 @@ def run(prepared: Prepared, on_progress: Callable[[Progress], None] = lambda _: 
     if job.max_failures is not None and failed > job.max_failures:
         reasons = ", ".join(f"{feature} {reason}: {n}" for (feature, reason), n in summary.failures.most_common())
         raise TooManyFailuresError(
-            f"{failed} videos have a failed entry, {job.max_failures} allowed ({reasons}); "
+            f"videos with a failed entry: {failed}, allowed: {job.max_failures} ({reasons}); "
             f"the store is good and `moclip info {job.store}` lists them"
         )
     return summary
@@ -170,7 +173,7 @@ def _run_tasks(prepared: Prepared, totals: _Totals) -> None:
     from distributed import as_completed
 
     tasks = iter(prepared.plan.tasks)
-    with _client(prepared) as client:
+    with _client(prepared) as client, _saying_that_it_stops():
         client.subscribe_topic(_TOPIC, lambda event: totals.update(Progress(**event[1])))
         running: dict[Any, ShardTask] = {}
         queue = as_completed()
@@ -198,6 +201,15 @@ def _run_tasks(prepared: Prepared, totals: _Totals) -> None:
                     submit(following)
         if stopped is not None:
             raise _stop(stopped) from stopped
+
+
+@contextmanager
+def _saying_that_it_stops() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.warning("interrupted: stopping the workers, then publishing what is finished; a few seconds")
+        raise
 
 
 def _stop(error: Exception) -> MoclipError:
@@ -256,7 +268,7 @@ def _client(prepared: Prepared) -> Iterator[Any]:
     }
     environment = dict.fromkeys(_THREAD_VARIABLES, str(prepared.config.threads))
     with dask.config.set(settings):
-        with _without_interrupts():
+        with _holding_interrupts():
             cluster = LocalCluster(
                 n_workers=min(prepared.workers, len(prepared.plan.tasks)),
                 threads_per_worker=1,
@@ -270,16 +282,17 @@ def _client(prepared: Prepared) -> Iterator[Any]:
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C, which a terminal sends to all: only the coordinator acts on it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _holding_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the block ends. Threads and processes begun in it keep it blocked: a terminal sends Ctrl-C
+    to all, and only the coordinator acts on it.
+    """
+    # Python's tracker of shared resources, if it first starts in here, unblocks Ctrl-C for good.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _quieten(library: str) -> None:

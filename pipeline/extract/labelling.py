@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moclip.errors import SourceError
 from moclip.pipeline.extract.sources import VideoSource, class_order
 from moclip.pipeline.extract.splits import (
     Labelling,
@@ -33,6 +34,13 @@ def _label_store(opened: Store, splits: Path | None, csv: Path | None) -> Labell
         labelling = label_from_table(table, read_labels_csv(csv), opened.classes)
     else:
         raise ValueError("label_store needs splits or csv")
+    if len(labelling.unlisted) == len(table):
+        raise SourceError(
+            f"none of the {len(table)} videos of {opened.path} is listed, so nothing was changed; "
+            f"their ids are like {table['id'][0].as_py()!r}"
+            if len(table)
+            else f"{opened.path} has no videos to label"
+        )
     write_labels(opened.path, labelling.table, list(labelling.classes))
     return labelling
 
