@@ -1,41 +1,79 @@
 """The feature store, format 1: bytes in, bytes out. Knows neither torch nor av nor dask."""
 
-from moclip.store.arrays import limit_threads
-from moclip.store.compare import first_difference
+from moclip.store.compare import Comparison, FeatureComparison, compare, differences, first_difference
 from moclip.store.describe import FeatureInfo, StoreInfo, describe, failed_entries
-from moclip.store.files import exclusive, write_atomic
-from moclip.store.fold import fold
+from moclip.store.files import Folder, exclusive, open_folder, write_atomic
+from moclip.store.filling import Copied
+from moclip.store.fold import Fold
+from moclip.store.parquet import parquet_bytes
 from moclip.store.reader import Store, open_store
-from moclip.store.receipts import Entry, Receipt, list_receipts, parquet_bytes, write_receipt
+from moclip.store.receipts import Entry, Receipt, list_receipts, write_receipt
+from moclip.store.removal import Removal, plan_removal, remove_videos
+from moclip.store.repair import Repaired, repair
 from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, SourceFacts
-from moclip.store.tables import add_feature, create_store, is_added, is_foreign, publish, write_labels
+from moclip.store.selection import Selection
+from moclip.store.sharing import export_store, merge_stores
+from moclip.store.single_file import export_hdf5_file
+from moclip.store.tables import (
+    add_feature,
+    create_store,
+    fold_store,
+    is_added,
+    is_foreign,
+    is_store,
+    publish,
+    write_labels,
+)
+from moclip.store.verify import Problem, Verified, verify
 from moclip.store.writer import ShardWriter
+from moclip.store.zarr_arrays import limit_threads
 
 __all__ = [
     "FORMAT",
     "SPLIT_PREFIX",
+    "Comparison",
+    "Copied",
     "Entry",
+    "FeatureComparison",
     "FeatureInfo",
     "FeatureSpec",
+    "Fold",
+    "Folder",
+    "Problem",
     "Receipt",
+    "Removal",
+    "Repaired",
+    "Selection",
     "ShardWriter",
     "SourceFacts",
     "Store",
     "StoreInfo",
+    "Verified",
     "add_feature",
+    "compare",
     "create_store",
     "describe",
+    "differences",
     "exclusive",
+    "export_hdf5_file",
+    "export_store",
     "failed_entries",
     "first_difference",
-    "fold",
+    "fold_store",
     "is_added",
     "is_foreign",
+    "is_store",
     "limit_threads",
     "list_receipts",
+    "merge_stores",
+    "open_folder",
     "open_store",
     "parquet_bytes",
+    "plan_removal",
     "publish",
+    "remove_videos",
+    "repair",
+    "verify",
     "write_atomic",
     "write_labels",
     "write_receipt",

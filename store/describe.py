@@ -1,20 +1,25 @@
 """What a store holds, in numbers: what `moclip info` prints."""
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import pyarrow.compute as pc
 
+from moclip.store.files import open_folder
 from moclip.store.reader import Store
 from moclip.store.receipts import list_receipts
 from moclip.store.schema import SPLIT_PREFIX, FeatureSpec
-from moclip.store.tables import published_receipts
+from moclip.store.tables import read_catalogue
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """One feature: ``rows`` is the number of rows of its ok entries, ``bytes`` what its files take on disk."""
+    """One feature: ``rows`` is the number of rows of its ok entries, ``bytes`` what its shards' files take.
+
+    ``versions`` are those of the libraries that made the rows.
+    """
 
     name: str
     digest: str
@@ -23,13 +28,15 @@ class FeatureInfo:
     rows: int
     bytes: int
     failures: dict[str, int]
+    versions: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class StoreInfo:
     """A whole store. ``unpublished`` counts receipts that the tables do not hold yet (of a run that was killed)."""
 
-    path: str
+    url: str
+    container: str
     videos: int
     hours: float
     frames: int
@@ -49,15 +56,18 @@ class StoreInfo:
 def describe(store: Store) -> StoreInfo:
     """Add up a store's tables; no array is opened."""
     videos = store.videos
-    unpublished = set(list_receipts(store.path)) - published_receipts(store.path)
+    folder = open_folder(store.url)
+    catalogue = read_catalogue(folder)
+    unpublished = set(list_receipts(folder)) - catalogue["receipts"].keys()
     return StoreInfo(
-        path=str(store.path),
+        url=store.url,
+        container=store.container,
         videos=len(videos),
         hours=_sum(videos["duration_s"]) / 3600,
         frames=int(_sum(videos["frames"])),
         corrupt_frames=int(_sum(videos["corrupt_frames"])),
         video_bytes=int(_sum(videos["bytes"])),
-        features=tuple(_feature(store, name, spec) for name, spec in store.features.items()),
+        features=tuple(_feature(store, name, spec, catalogue) for name, spec in store.features.items()),
         labels=_counts(store.labels["label"]),
         splits={
             name.removeprefix(SPLIT_PREFIX): _counts(store.labels[name])
@@ -75,14 +85,14 @@ def failed_entries(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def _feature(store: Store, name: str, spec: FeatureSpec) -> FeatureInfo:
+def _feature(store: Store, name: str, spec: FeatureSpec, catalogue: Mapping[str, Any]) -> FeatureInfo:
     entries = store.entries.filter(pc.equal(store.entries["feature"], name))
     ok = entries.filter(pc.equal(entries["status"], "ok"))
     failed = entries.filter(pc.equal(entries["status"], "failed"))
-    folder = store.path / "features" / name
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = sum(about["stored"] for path, about in catalogue["receipts"].items() if path.startswith(f"receipts/{name}/"))
+    versions = catalogue["versions"].get(name, {})
     rows = int(_sum(ok["row_stop"]) - _sum(ok["row_start"]))
-    return FeatureInfo(name, spec.digest, spec, len(ok), rows, size, _counts(failed["reason"]))
+    return FeatureInfo(name, spec.digest, spec, len(ok), rows, size, _counts(failed["reason"]), versions)
 
 
 def _sum(column: Any) -> float:
@@ -90,5 +100,5 @@ def _sum(column: Any) -> float:
 
 
 def _counts(column: Any) -> dict[str, int]:
-    counted = Counter(value for value in column.to_pylist() if value is not None)
-    return dict(sorted(counted.items()))
+    counted = pc.value_counts(column.drop_null()).to_pylist()
+    return {item["values"]: item["counts"] for item in sorted(counted, key=itemgetter("values"))}

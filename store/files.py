@@ -1,17 +1,208 @@
-"""Whole files, written so that a reader sees the old one or the new one and never half of either."""
+"""The folder of a store, on a disk or in a bucket, and whole files in it.
+
+A reader sees the old file or the new one, never half of either. Names inside a store are relative, joined by ``/``,
+and cannot lead out of it.
+"""
 
 import fcntl
 import hashlib
 import os
 import re
+import stat
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from moclip.errors import StoreFormatError
+from moclip.errors import FeatureError, StoreFormatError
+
+#: What it looks like when a file is not there, as distinct from a disk or a network that does not answer.
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_NO_LINKS = "a store has none, since they can lead out of it"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+
+
+class Folder(ABC):
+    """The root of a store. ``url`` is an absolute path, or the address of a prefix in a bucket."""
+
+    url: str
+
+    def __repr__(self) -> str:
+        return f"Folder({self.url!r})"
+
+    def __str__(self) -> str:
+        return self.url
+
+    def at(self, name: str) -> str:
+        """Where ``name`` lies, for messages."""
+        return f"{self.url}/{name}"
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole file. :class:`FileNotFoundError` if it is not there."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Put a whole file in place at once."""
+
+    @abstractmethod
+    def put(self, local: Path, name: str) -> None:
+        """Bring a finished local file into the store, at once."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is a file ``name``."""
+
+    @abstractmethod
+    def children(self, under: str = "") -> list[str]:
+        """The names directly below ``under``, files and folders, in order; unfinished (hidden) ones left out."""
+
+    @abstractmethod
+    def files(self, under: str = "") -> dict[str, int]:
+        """Every file below ``under``, hidden ones too, with its size in bytes."""
+
+    @abstractmethod
+    def modified(self, name: str) -> float:
+        """When a file was last written, in seconds since 1970."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove one file, if it is there, and folders that it leaves empty."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file to read from at any position. :class:`FileNotFoundError` if it is not there."""
+
+    @abstractmethod
+    def kvstore(self, name: str) -> dict[str, Any]:
+        """How tensorstore names the folder ``name``."""
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What tensorstore needs to know besides, shared by all arrays of the store."""
+        return {}
+
+    @property
+    @abstractmethod
+    def local(self) -> Path | None:
+        """The folder's path where it is on a disk of this machine."""
+
+    @abstractmethod
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Hold the store alone while a table is read, changed and written back, where that can be had."""
+
+
+def open_folder(url: str | Path) -> Folder:
+    """The folder that a path or an address (``s3://bucket/prefix``, ``gs://…``) names; it may not exist yet."""
+    text = os.fspath(url)
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return LocalFolder(text)
+    if scheme[1] == "file":
+        return LocalFolder(text.removeprefix("file://"))
+    from moclip.store.remote import RemoteFolder
+
+    return RemoteFolder(text, scheme[1])
+
+
+class LocalFolder(Folder):
+    """A folder on a disk."""
+
+    def __init__(self, path: str) -> None:
+        # Absolute at once: a pickled store must open in a process with another working directory.
+        self._path = Path(os.path.abspath(path))
+        self.url = str(self._path)
+
+    @property
+    def local(self) -> Path:
+        return self._path
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        write_atomic(self._inside(name), data)
+
+    def put(self, local: Path, name: str) -> None:
+        target = self._inside(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(local, target)
+
+    def exists(self, name: str) -> bool:
+        return self._inside(name).is_file()
+
+    def children(self, under: str = "") -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._inside(under)) if not name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def files(self, under: str = "") -> dict[str, int]:
+        found: dict[str, int] = {}
+        for parent, folders, names in os.walk(self._inside(under)):
+            # A link to a folder is not followed, but it is there.
+            for name in (*names, *(name for name in folders if os.path.islink(os.path.join(parent, name)))):
+                path = os.path.join(parent, name)
+                found[os.path.relpath(path, self._path).replace(os.sep, "/")] = os.lstat(path).st_size
+        return found
+
+    def modified(self, name: str) -> float:
+        return self._inside(name).stat().st_mtime
+
+    def delete(self, name: str) -> None:
+        path = self._inside(os.path.dirname(name)) / os.path.basename(name)
+        path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == self._path or not parent.is_dir() or any(parent.iterdir()):
+                return
+            parent.rmdir()
+
+    def open(self, name: str) -> BinaryIO:
+        path = self._inside(name)
+        _check_plain(path, os.lstat(path).st_mode)
+        return open(path, "rb")
+
+    def kvstore(self, name: str) -> dict[str, Any]:
+        path = self._inside(name)
+        for parent, folders, files in os.walk(path):
+            for entry in (*folders, *files):
+                within = Path(parent, entry)
+                _check_plain(within, os.lstat(within).st_mode)
+        return {"driver": "file", "path": f"{path}/"}
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """By a lock on ``zarr.json``, which ends with the process."""
+        with open(self._path / "zarr.json", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _inside(self, name: str) -> Path:
+        """The path of ``name``, without a link on the way, which a stranger may have set."""
+        path = self._path / checked(name)
+        if os.path.realpath(path) != os.path.normpath(os.path.join(os.path.realpath(self._path), name)):
+            raise StoreFormatError(f"{path} is, or lies behind, a link; {_NO_LINKS}")
+        return path
+
+
+def _check_plain(path: Path, mode: int) -> None:
+    """Refuse what is neither a file nor a folder: a link may lead out, and opening a pipe waits for ever."""
+    if stat.S_ISLNK(mode):
+        raise StoreFormatError(f"{path} is a link; {_NO_LINKS}")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StoreFormatError(f"{path} is a pipe or a device; a store has only files and folders")
+
+
+def checked(name: str) -> str:
+    """Return ``name`` unless it would lead out of the store."""
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise StoreFormatError(f"{name!r} is no place inside a store")
+    return name
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -28,12 +219,24 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """Hold the store alone while a table is read, changed and written back; others wait. Ends with the process."""
-    with open(root / "zarr.json", "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def exclusive(url: str | Path) -> AbstractContextManager[None]:
+    """Hold a store alone while its labels are read, changed and written back; others wait.
+
+    Object storage has no locks: there the last writer wins.
+    """
+    return open_folder(url).exclusive()
+
+
+def check_same_process(pid: int) -> None:
+    """:class:`FeatureError` in a child that was forked off process ``pid``, which opened the store.
+
+    tensorstore's threads, HDF5's locks and connections do not survive a fork: a read would hang or abort.
+    """
+    if os.getpid() != pid:
+        raise FeatureError(
+            "this store was opened before a fork; start the process with 'spawn' or 'forkserver', "
+            "or open the store in it"
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -2,37 +2,47 @@
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moclip.store.files import Folder
 from moclip.store.groups import read_feature
-from moclip.store.receipts import read_receipt
+from moclip.store.receipts import ReadReceipt, read_receipt
 from moclip.store.schema import ENTRY_FIELDS, EXTRA_PREFIX, FACT_FIELDS, empty_entries, empty_videos
 
 _ENTRY_NAMES = [field.name for field in ENTRY_FIELDS]
 _FACT_NAMES = [field.name for field in FACT_FIELDS]
 
 
-def fold(root: Path, names: Sequence[str]) -> tuple[pa.Table, pa.Table]:
-    """The tables (videos, entries) that the receipts ``names`` amount to, sorted by id.
+@dataclass(frozen=True)
+class Fold:
+    """The tables of videos and entries, sorted by id, and the receipts that they were made of."""
+
+    videos: pa.Table
+    entries: pa.Table
+    receipts: tuple[ReadReceipt, ...]
+
+
+def fold(folder: Folder, names: Sequence[str]) -> Fold:
+    """What the receipts ``names`` amount to (:func:`fold_receipts`)."""
+    with ThreadPoolExecutor(8) as pool:
+        return fold_receipts(folder, tuple(pool.map(lambda name: read_receipt(folder, name), names)))
+
+
+def fold_receipts(folder: Folder, receipts: tuple[ReadReceipt, ...]) -> Fold:
+    """The tables that receipts amount to.
 
     For one (id, feature) an ok entry beats a failed one, then the newest receipt wins. A video's facts come from
     its winning entry by the same rule. Entries made from a file of another size than the newest one of that id are
     dead: the file was replaced. So are those of another specification than the feature's.
     """
-    if not names:
-        return empty_videos(), empty_entries()
-    with ThreadPoolExecutor(8) as pool:
-        receipts = list(pool.map(lambda name: read_receipt(root, name), names))
-    digests = {
-        metadata["feature"]: read_feature(root / "features" / metadata["feature"]).digest for _, metadata in receipts
-    }
-    tables = [table for table, metadata in receipts if metadata["digest"] == digests[metadata["feature"]]]
+    digests = {name: read_feature(folder, name).digest for name in sorted({receipt.feature for receipt in receipts})}
+    tables = [receipt.rows for receipt in receipts if receipt.digest == digests[receipt.feature]]
     if not tables:
-        return empty_videos(), empty_entries()
+        return Fold(empty_videos(), empty_entries(), receipts)
     rows = _of_newest_file(_concatenate(tables))
     failed = pc.equal(rows["status"], "failed")
     newest = pc.negate(rows["written_at"])
@@ -40,7 +50,7 @@ def fold(root: Path, names: Sequence[str]) -> tuple[pa.Table, pa.Table]:
     order = [("failed", "ascending"), ("age", "ascending"), ("shard", "ascending"), ("feature", "ascending")]
     entries = _first_of_each(rows, ["id", "feature"], order).select(_ENTRY_NAMES)
     videos = _first_of_each(rows, ["id"], order)
-    return _as_videos(videos), entries.cast(pa.schema(ENTRY_FIELDS))
+    return Fold(_as_videos(videos), entries.cast(pa.schema(ENTRY_FIELDS)), receipts)
 
 
 def _of_newest_file(rows: pa.Table) -> pa.Table:

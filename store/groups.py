@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from moclip.errors import StoreFormatError, StoreNotFoundError
+from moclip.store.files import NO_FILE, Folder, check_name
 from moclip.store.schema import FORMAT, FeatureSpec
 
 
@@ -18,36 +18,61 @@ def group_json(attributes: Mapping[str, Any]) -> bytes:
 GROUP = group_json({})
 
 
-def check_format(root: Path) -> None:
-    """Raise unless ``root`` is a store of a format that this version reads."""
-    if not (root / "zarr.json").is_file():
-        hint = "no such folder" if not root.exists() else "it has no zarr.json"
-        raise StoreNotFoundError(f"no moclip store at {root} ({hint}); `moclip extract SOURCE STORE` makes one")
-    attributes = read_group(root).get("moclip")
-    found = attributes.get("format") if isinstance(attributes, dict) else None
-    if not isinstance(found, int):
-        raise StoreFormatError(f"{root} is a Zarr group but no moclip store: its attributes name no format")
+def store_json(container: str) -> bytes:
+    """The ``zarr.json`` at a store's root: what marks the folder as a store."""
+    return group_json({"moclip": {"format": FORMAT, "container": container}})
+
+
+def read_mark(folder: Folder) -> str:
+    """The name of the store's container; raises unless ``folder`` is a store of a format that this version reads."""
+    if not folder.exists("zarr.json"):
+        hint = "it has no zarr.json" if folder.children() else "nothing is there"
+        raise StoreNotFoundError(f"no moclip store at {folder} ({hint}); `moclip extract SOURCE STORE` makes one")
+    mark = _attributes(folder, "").get("moclip")
+    mark = mark if isinstance(mark, dict) else {}
+    found = mark.get("format")
+    if not isinstance(found, int) or found < 1:
+        raise StoreFormatError(f"{folder} is a Zarr group but no moclip store: its attributes name no format")
     if found > FORMAT:
-        raise StoreFormatError(f"{root} has format {found}, this moclip reads up to {FORMAT}; upgrade moclip")
+        raise StoreFormatError(f"{folder} has format {found}, this moclip reads up to {FORMAT}; upgrade moclip")
+    container = mark.get("container")
+    if container not in ("zarr", "hdf5"):
+        raise StoreFormatError(f"{folder} keeps its rows in {container!r}; this moclip reads zarr and hdf5")
+    return str(container)
 
 
-def read_group(folder: Path) -> dict[str, Any]:
-    """The attributes of a Zarr group."""
-    try:
-        attributes = json.loads((folder / "zarr.json").read_bytes())["attributes"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreFormatError(f"{folder}/zarr.json is not a Zarr group: {error}") from error
-    if not isinstance(attributes, dict):
-        raise StoreFormatError(f"{folder}/zarr.json is not a Zarr group: its attributes are no mapping")
-    return attributes
+def feature_json(spec: FeatureSpec) -> bytes:
+    """The ``zarr.json`` of a feature."""
+    return group_json({"moclip": {"specification": spec.to_json(), "digest": spec.digest}})
 
 
-def read_feature(folder: Path) -> FeatureSpec:
+def feature_names(folder: Folder) -> list[str]:
+    """The features of a store, in order."""
+    names = [name for name in folder.children("features") if folder.exists(f"features/{name}/zarr.json")]
+    return [check_name(name, "a feature") for name in names]
+
+
+def read_feature(folder: Folder, name: str) -> FeatureSpec:
     """A feature's specification, checked against the digest beside it."""
-    attributes = read_group(folder).get("moclip")
+    where = f"features/{name}"
+    attributes = _attributes(folder, f"{where}/").get("moclip")
     if not isinstance(attributes, dict):
-        raise StoreFormatError(f"{folder} carries no feature specification")
+        raise StoreFormatError(f"{folder.at(where)} carries no feature specification")
     spec = FeatureSpec.from_json(attributes.get("specification"))
     if spec.digest != attributes.get("digest"):
-        raise StoreFormatError(f"the specification of {folder} does not match its digest: it was changed by hand")
+        raise StoreFormatError(
+            f"the specification of {folder.at(where)} does not match its digest: it was changed by hand"
+        )
     return spec
+
+
+def _attributes(folder: Folder, under: str) -> dict[str, Any]:
+    """The attributes of the Zarr group in ``under``, which ends in ``/`` or is empty."""
+    name = f"{under}zarr.json"
+    try:
+        attributes = json.loads(folder.read(name))["attributes"]
+    except (*NO_FILE, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreFormatError(f"{folder.at(name)} is not a Zarr group: {error}") from error
+    if not isinstance(attributes, dict):
+        raise StoreFormatError(f"{folder.at(name)} is not a Zarr group: its attributes are no mapping")
+    return attributes

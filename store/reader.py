@@ -1,6 +1,6 @@
 """Reading a store: tables by id, rows by (video, frame)."""
 
-import json
+import itertools
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,75 +10,79 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import tensorstore as ts
 
 from moclip.errors import FeatureError, StoreFormatError
-from moclip.store.arrays import open_array, read_rows, result, rows_on_disk
-from moclip.store.files import check_name
-from moclip.store.groups import check_format, read_feature
+from moclip.store.containers import CONTAINERS
+from moclip.store.files import check_same_process, open_folder
+from moclip.store.groups import feature_names, read_feature, read_mark
+from moclip.store.places import Places
+from moclip.store.rows import RowReader, Rows
 from moclip.store.schema import FeatureSpec
-from moclip.store.tables import read_table
-from moclip.store.writer import VALUE
+from moclip.store.tables import ENTRIES, LABELS, VIDEOS, read_classes, read_table
+from moclip.store.writer import VALUE, VALUE_STOP
 
+#: Videos by id, or by position in :attr:`Store.videos`.
 Ids = Sequence[str] | npt.NDArray[np.int64]
 
+#: What is needed of the entries to find rows; text that repeats is read as a dictionary.
+_PLACE_COLUMNS = ("id", "feature", "status", "shard", "array", "row_start", "row_stop")
+_PLACE_DICTIONARIES = ("feature", "status", "shard", "array")
 
-def open_store(path: str | Path) -> "Store":
-    """Open a store for reading. Raises :class:`StoreNotFoundError` or :class:`StoreFormatError`."""
-    return Store(path)
+
+def open_store(url: str | Path) -> "Store":
+    """Open a store for reading: a path, ``s3://bucket/prefix`` or ``gs://bucket/prefix``.
+
+    Raises :class:`StoreNotFoundError` or :class:`StoreFormatError`.
+    """
+    return Store(url)
 
 
 class Store:
-    """A feature store, read-only. Opening reads the tables; arrays are opened when their rows are asked for.
+    """A feature store, read-only. Tables are read, and arrays opened, when they are first asked for.
 
-    It can be pickled and reopens itself where it lands. It sees the state that was published when it was opened.
+    It can be pickled and reopens itself where it lands. It sees each table as it was published when first read.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        # Absolute at once: a pickled store must open in a process with another working directory.
-        self.path = Path(os.path.abspath(path))
-        check_format(self.path)
-        self._features: dict[str, _Feature] = {}
+    def __init__(self, url: str | Path) -> None:
+        self._folder = open_folder(url)
         self._pid = os.getpid()
+        #: Where the store is: an absolute path, or the address it was opened by.
+        self.url = self._folder.url
+        #: ``zarr`` or ``hdf5``.
+        self.container = read_mark(self._folder)
+        self._reader: RowReader = CONTAINERS[self.container].reader(self._folder)
+        self._places: dict[str, Places] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.path,)
+        return Store, (self.url,)
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}, {len(self.videos)} videos, features: {', '.join(self.features)})"
+        return f"Store({self.url!r}, {len(self.videos)} videos, features: {', '.join(self.features)})"
 
     @cached_property
     def videos(self) -> pa.Table:
         """One row a video: ``id`` and what was found in its file. Sorted by id."""
-        return read_table(self.path, "videos.parquet")
+        return read_table(self._folder, VIDEOS)
 
     @cached_property
     def entries(self) -> pa.Table:
         """One row a (video, feature): status, reason and where the rows lie. Sorted by id, then feature."""
-        return read_table(self.path, "entries.parquet")
+        return read_table(self._folder, ENTRIES)
 
     @cached_property
     def labels(self) -> pa.Table:
         """One row a labelled video: ``id, label, group, split_<name>``. Sorted by id."""
-        return read_table(self.path, "labels.parquet")
+        return read_table(self._folder, LABELS)
 
     @cached_property
     def classes(self) -> list[str]:
         """The class names, in the order that a classifier's outputs follow."""
-        try:
-            classes = json.loads((self.path / "classes.json").read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise StoreFormatError(f"{self.path}/classes.json cannot be read: {error}") from error
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise StoreFormatError(f"{self.path}/classes.json is not a list of names")
-        return classes
+        return read_classes(self._folder)
 
     @cached_property
     def features(self) -> dict[str, FeatureSpec]:
         """The specification (:class:`FeatureSpec`) of each feature, by name."""
-        folders = sorted(path.parent for path in self.path.glob("features/*/zarr.json"))
-        return {check_name(folder.name, "a feature"): read_feature(folder) for folder in folders}
+        return {name: read_feature(self._folder, name) for name in feature_names(self._folder)}
 
     def resolve(self, name: str) -> str:
         """The full name of a feature: ``embedding`` stands for the only feature of that kind there is."""
@@ -90,18 +94,19 @@ class Store:
         there = ", ".join(close or self.features) or "none yet"
         problem = "is ambiguous" if close else "is not there"
         advice = "name one" if close else f"`moclip extract SOURCE STORE --feature {name}` adds it"
-        raise FeatureError(f"the feature {name!r} {problem} in {self.path}, which has: {there}; {advice}")
+        raise FeatureError(f"the feature {name!r} {problem} in {self.url}, which has: {there}; {advice}")
 
     def ids(self, feature: str) -> list[str]:
         """The ids that have rows of ``feature``, in id order."""
-        ids: list[str] = self._feature(feature).ids.tolist()
+        there = np.flatnonzero(self._feature(feature).there)
+        ids: list[str] = self._ids.take(pa.array(there)).to_pylist()
         return ids
 
     def row_counts(self, feature: str, videos: Ids) -> npt.NDArray[np.int64]:
         """How many rows of ``feature`` each video has."""
-        table = self._feature(feature)
-        at = table.positions(self._ids(videos))
-        counts: npt.NDArray[np.int64] = table.stop[at] - table.start[at]
+        places = self._feature(feature)
+        at = self._at(places, videos)
+        counts: npt.NDArray[np.int64] = places.stop[at] - places.start[at]
         return counts
 
     def read(self, feature: str, video: str, column: str = VALUE) -> npt.NDArray[Any]:
@@ -113,13 +118,29 @@ class Store:
 
     def read_all(self, feature: str, videos: Ids, column: str = VALUE) -> list[npt.NDArray[Any]]:
         """Every row of each of ``videos``, one array a video, in the caller's order; all reads run at once."""
-        table = self._feature(feature)
-        at = table.positions(self._ids(videos))
-        arrays = {int(code): self._array(table, int(code), column) for code in np.unique(table.code[at])}
-        slices = [slice(int(table.start[i]), int(table.stop[i])) for i in at]
-        futures = [read_rows(arrays[int(table.code[i])], rows) for i, rows in zip(at, slices, strict=True)]
-        paths = [table.path(int(table.code[i]), column) for i in at]
-        return [result(future, path) for future, path in zip(futures, paths, strict=True)]
+        places = self._feature(feature)
+        at = self._at(places, videos)
+        waiting = [
+            self._rows(places, int(places.code[i]), column).start(slice(int(places.start[i]), int(places.stop[i])))
+            for i in at
+        ]
+        return [wait() for wait in waiting]
+
+    def read_bytes(self, feature: str, video: str) -> list[bytes]:
+        """Every row of one video of a ragged feature, such as the JPEG files of ``image``."""
+        places = self._feature(feature)
+        if not self.features[places.feature].ragged:
+            raise FeatureError(f"rows of {places.feature} are arrays of one shape; use read")
+        at = int(self._at(places, [video])[0])
+        start, stop, code = int(places.start[at]), int(places.stop[at]), int(places.code[at])
+        stops = self._rows(places, code, VALUE_STOP).start(slice(max(0, start - 1), stop))()
+        bounds = stops if start else np.concatenate([[0], stops])
+        values = self._rows(places, code, VALUE)
+        if bounds[0] < 0 or (np.diff(bounds) < 0).any() or bounds[-1] > values.shape[0]:
+            raise StoreFormatError(f"{self.url}: rows of {places.feature} stop where there are no bytes")
+        data = values.start(slice(int(bounds[0]), int(bounds[-1])))().tobytes()
+        cuts = (bounds - bounds[0]).tolist()
+        return [data[a:b] for a, b in itertools.pairwise(cuts)]
 
     def gather(self, feature: str, videos: Ids, frames: npt.ArrayLike, column: str = VALUE) -> npt.NDArray[Any]:
         """Row ``frames[k]`` of video ``videos[k]``, for every k, in the caller's order: (n, *row_shape).
@@ -131,7 +152,7 @@ class Store:
         if len(groups) == 1:
             return groups[0][1]
         if not groups:
-            return np.empty(0, self._dtype(self.resolve(feature), column))
+            return np.empty((0,), self._dtype(self.resolve(feature), column))
         shapes = ", ".join(str(rows.shape[1:]) for _, rows in groups)
         raise FeatureError(f"rows of {feature} have {len(groups)} shapes ({shapes}); use gather_groups")
 
@@ -142,107 +163,72 @@ class Store:
 
         ``positions`` say which of the asked-for rows these are.
         """
-        table = self._feature(feature)
-        at = table.positions(self._ids(videos))
-        rows = table.rows(at, np.asarray(frames, np.int64))
+        places = self._feature(feature)
+        at = self._at(places, videos)
+        numbers = places.row_numbers(at, np.asarray(frames, np.int64))
         reads = [
-            (chosen, code, read_rows(self._array(table, code, column), rows[chosen]))
-            for code, chosen in _runs(table.code[at])
+            (chosen, self._rows(places, code, column).start(numbers[chosen])) for code, chosen in _runs(places.code[at])
         ]
         parts: dict[tuple[int, ...], list[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]] = {}
-        for chosen, code, future in reads:
-            values = result(future, table.path(code, column))
+        for chosen, wait in reads:
+            values = wait()
             parts.setdefault(values.shape[1:], []).append((chosen, values))
         return [_in_order(group) for group in parts.values()]
 
-    def _ids(self, videos: Ids) -> npt.NDArray[Any]:
-        """Ids as text. Positions are looked up in the table of videos."""
+    @cached_property
+    def _ids(self) -> pa.Array:
+        return read_table(self._folder, VIDEOS, ["id"])["id"].combine_chunks()
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {video: i for i, video in enumerate(self._ids.to_pylist())}
+
+    @cached_property
+    def _place_table(self) -> pa.Table:
+        return read_table(self._folder, ENTRIES, _PLACE_COLUMNS, dictionaries=_PLACE_DICTIONARIES)
+
+    def _feature(self, name: str) -> Places:
+        check_same_process(self._pid)
+        name = self.resolve(name)
+        if name not in self._places:
+            self._places[name] = Places.of(name, self._place_table, self._ids)
+        return self._places[name]
+
+    def _at(self, places: Places, videos: Ids) -> npt.NDArray[np.int64]:
+        """Positions of videos in :attr:`videos`, all of which have rows of the feature."""
         given = np.asarray(videos)
         if given.dtype.kind in "iu":
-            return np.asarray(self.videos["id"].take(pa.array(given)).to_pylist(), object)
-        return np.asarray(videos, object)
-
-    def _feature(self, name: str) -> "_Feature":
-        name = self.resolve(name)
-        if name not in self._features:
-            self._features[name] = _Feature(self.path, name, self.entries)
-        return self._features[name]
+            at = given.astype(np.int64)
+            if len(at) and not 0 <= at.min() <= at.max() < len(self._ids):
+                raise FeatureError(f"position {at.max()} of {len(self._ids)} videos; positions count from 0")
+        else:
+            at = np.fromiter((self._position.get(video, -1) for video in videos), np.int64, len(videos))
+        absent = (at < 0) | ~places.there[at] if len(places.there) else np.ones(len(at), bool)
+        if absent.any():
+            video = videos[int(np.argmax(absent))]
+            raise FeatureError(
+                f"no rows of {places.feature} for the video {video!r}: it is not in the store, or its entry failed"
+            )
+        return at
 
     def _dtype(self, feature: str, column: str) -> str:
         spec = self.features[feature]
+        if column == VALUE_STOP and spec.ragged:
+            return "int64"
         if column != VALUE and column not in spec.columns:
             raise FeatureError(f"{feature} has no column {column!r}; it has: {', '.join(spec.columns)}")
         return spec.dtype if column == VALUE else spec.columns[column]
 
-    def _array(self, table: "_Feature", code: int, column: str) -> ts.TensorStore:
-        if os.getpid() != self._pid:
-            # tensorstore's threads do not survive a fork: a read would hang or abort the process.
-            raise FeatureError(
-                "this store was opened before a fork; start the process with 'spawn' or 'forkserver', "
-                "or open the store in it"
-            )
-        if (code, column) not in table.arrays:
-            array = open_array(table.path(code, column), self._dtype(table.name, column))
-            needed = table.last_row(code)
-            if array.ndim < 1 or min(array.shape[0], rows_on_disk(array, table.path(code, column))) < needed:
-                raise StoreFormatError(
-                    f"the array {table.path(code, column)} has shape {array.shape}; "
-                    f"the entries name {needed} rows of it"
-                )
-            table.arrays[code, column] = array
-        return table.arrays[code, column]
-
-
-class _Feature:
-    """Where a feature's rows lie: for each video its array (a code) and row range; arrays opened so far."""
-
-    def __init__(self, root: Path, name: str, entries: pa.Table) -> None:
-        self.name = name
-        self._folder = root / "features" / name
-        mine = pc.and_(pc.equal(entries["feature"], name), pc.equal(entries["status"], "ok"))
-        rows = entries.filter(mine)
-        self.ids = np.asarray(rows["id"].to_pylist(), object)
-        if any(rows[name].null_count for name in ("array", "row_start", "row_stop")):
-            raise StoreFormatError(f"{root}/entries.parquet: an ok entry of {name} does not say where its rows lie")
-        names = pc.binary_join_element_wise(rows["shard"], rows["array"], "/").combine_chunks()
-        self.start = rows["row_start"].to_numpy().astype(np.int64)
-        self.stop = rows["row_stop"].to_numpy().astype(np.int64)
-        encoded = names.dictionary_encode()
-        self.code = encoded.indices.to_numpy(zero_copy_only=False)
-        self._names: list[str] = encoded.dictionary.to_pylist()
-        for full in self._names:
-            for part in full.split("/"):
-                check_name(part, "an entry's shard or array")
-        if (self.start < 0).any() or (self.stop <= self.start).any():
-            raise StoreFormatError(f"{root}/entries.parquet: {name} has row ranges that are not ranges")
-        self._position = {video: i for i, video in enumerate(self.ids)}
-        self.arrays: dict[tuple[int, str], ts.TensorStore] = {}
-
-    def path(self, code: int, column: str) -> Path:
-        return self._folder / self._names[code] / column
-
-    def last_row(self, code: int) -> int:
-        return int(self.stop[self.code == code].max())
-
-    def positions(self, videos: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        try:
-            return np.fromiter((self._position[video] for video in videos), np.int64, len(videos))
-        except KeyError as error:
-            raise FeatureError(
-                f"no rows of {self.name} for the video {error.args[0]!r}: it is not in the store, or its entry failed"
-            ) from None
-
-    def rows(self, at: npt.NDArray[np.int64], frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Row numbers in the arrays; ``frames`` are checked against each video's own range."""
-        if frames.shape != at.shape:
-            raise ValueError(f"{len(at)} videos but frames of shape {frames.shape}")
-        outside = (frames < 0) | (frames >= self.stop[at] - self.start[at])
-        if outside.any():
-            k = int(np.argmax(outside))
-            count = int(self.stop[at[k]] - self.start[at[k]])
-            raise FeatureError(f"frame {frames[k]} of {self.ids[at[k]]!r}: {self.name} has {count} rows of it, from 0")
-        rows: npt.NDArray[np.int64] = self.start[at] + frames
-        return rows
+    def _rows(self, places: Places, code: int, column: str) -> Rows:
+        if (code, column) not in places.opened:
+            dtype = self._dtype(places.feature, column)
+            shard, array = places.name(code)
+            # The bytes of ragged rows are counted in value_stop, not in entries.
+            ragged = column == VALUE and self.features[places.feature].ragged
+            needed = 0 if ragged else int(places.last_row[code])
+            rows = self._reader.open(f"features/{places.feature}/{shard}", array, column, dtype, needed)
+            places.opened[code, column] = rows
+        return places.opened[code, column]
 
 
 def _runs(codes: npt.NDArray[Any]) -> list[tuple[int, npt.NDArray[np.int64]]]:

@@ -7,20 +7,19 @@ checksums, the time, and the library versions. The tables of a store can be rebu
 
 import json
 from dataclasses import asdict, dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moclip.errors import StoreFormatError
-from moclip.store.files import check_name, write_atomic
+from moclip.store.files import NO_FILE, Folder, check_name
+from moclip.store.parquet import parquet_bytes, read_parquet
 from moclip.store.schema import (
     ENTRY_FIELDS,
     EXTRA_PREFIX,
     FACT_FIELDS,
     FORMAT,
+    FeatureSpec,
     SourceFacts,
 )
 
@@ -40,7 +39,7 @@ class Entry:
     array: str | None = None
     row_start: int | None = None
     row_stop: int | None = None
-    content: str | None = None
+    content: bytes | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUS or (self.status == "failed") != bool(self.reason):
@@ -57,7 +56,7 @@ class Receipt:
 
     feature: str
     shard: str
-    digest: str
+    specification: FeatureSpec
     written_at: int
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
@@ -68,24 +67,19 @@ class Receipt:
         return f"receipts/{self.feature}/{self.shard}.parquet"
 
 
-def write_receipt(root: Path, receipt: Receipt) -> None:
+def write_receipt(folder: Folder, receipt: Receipt) -> None:
     metadata = {
         "format": FORMAT,
         "feature": receipt.feature,
         "shard": receipt.shard,
-        "digest": receipt.digest,
+        "digest": receipt.specification.digest,
+        "specification": receipt.specification.to_json(),
         "written_at": receipt.written_at,
         "versions": receipt.versions,
         "files": receipt.files,
     }
     table = _rows(receipt).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
-    write_atomic(root / receipt.path, parquet_bytes(table))
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+    folder.write(receipt.path, parquet_bytes(table))
 
 
 def _rows(receipt: Receipt) -> pa.Table:
@@ -98,38 +92,98 @@ def _rows(receipt: Receipt) -> pa.Table:
     return pa.table([*fixed, *extra], names=names)
 
 
-def list_receipts(root: Path) -> list[str]:
-    """The receipts of a store, as paths inside it, in order."""
-    found = root.glob("receipts/*/*.parquet")
-    return sorted(path.relative_to(root).as_posix() for path in found if not path.name.startswith("."))
+def list_receipts(folder: Folder) -> list[str]:
+    """The receipts of a store, as names inside it, in order."""
+    return [
+        f"receipts/{feature}/{name}"
+        for feature in folder.children("receipts")
+        for name in folder.children(f"receipts/{feature}")
+        if name.endswith(".parquet")
+    ]
 
 
-def read_receipt(root: Path, name: str) -> tuple[pa.Table, dict[str, Any]]:
-    """One receipt's rows and metadata. :class:`StoreFormatError` where it is not what it claims to be."""
+@dataclass(frozen=True)
+class ReadReceipt:
+    """A receipt as it lies in a store: its rows, and of its file the size and the checksum that it carries."""
+
+    name: str
+    rows: pa.Table
+    feature: str
+    shard: str
+    digest: str
+    specification: FeatureSpec
+    written_at: int
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    bytes: int
+    sha256: str
+
+    @property
+    def stored(self) -> int:
+        """What the shard's files take, in bytes."""
+        return sum(file["bytes"] for file in self.files.values())
+
+
+def read_receipt(folder: Folder, name: str) -> ReadReceipt:
+    """One receipt. :class:`StoreFormatError` where it is not what it claims to be.
+
+    Its ``rows`` have the column ``written_at`` besides those of entries and facts.
+    """
     try:
-        if not (root / name).is_file():
-            raise StoreFormatError("it is not a file")
-        table = pq.read_table(pa.BufferReader((root / name).read_bytes()))
-        metadata = json.loads(table.schema.metadata[_METADATA_KEY])
-        table = table.replace_schema_metadata(None)
-        for field in (*ENTRY_FIELDS, *FACT_FIELDS):
-            if table.schema.field(field.name).type != field.type:
-                raise StoreFormatError(f"its column {field.name} is {table.schema.field(field.name).type}")
-            if not field.nullable and table[field.name].null_count:
-                raise StoreFormatError(f"its column {field.name} has empty cells")
-        if name != f"receipts/{metadata['feature']}/{metadata['shard']}.parquet":
-            raise StoreFormatError(f"it says it is the receipt of {metadata['feature']}/{metadata['shard']}")
+        data = folder.read(name)
+        table, sha256 = read_parquet(data)
+        metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         if metadata["format"] > FORMAT:
             raise StoreFormatError(f"its format is {metadata['format']}; upgrade moclip")
-        for column, allowed in (("feature", [metadata["feature"]]), ("shard", [metadata["shard"]]), ("status", STATUS)):
-            if set(table[column].to_pylist()) - set(allowed):
-                raise StoreFormatError(f"its column {column} holds something else than {' or '.join(allowed)}")
-        check_name(metadata["feature"], "a receipt's feature")
-        check_name(metadata["shard"], "a receipt's shard")
-        written_at = pa.array([int(metadata["written_at"])] * len(table), pa.int64())
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        if name != f"receipts/{metadata['feature']}/{metadata['shard']}.parquet":
+            raise StoreFormatError(f"it says it is the receipt of {metadata['feature']}/{metadata['shard']}")
+        table = table.replace_schema_metadata(None)
+        _check_rows(table, metadata)
+        files = _checked_files(metadata)
+        specification = FeatureSpec.from_json(metadata["specification"])
+        written_at = int(metadata["written_at"])
+        versions = {str(name): str(version) for name, version in dict(metadata["versions"]).items()}
+        times = pa.array([written_at] * len(table), pa.int64())
+    except (pa.ArrowException, *NO_FILE, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise StoreFormatError(
-            f"the receipt {root / name} cannot be read: {error}; put a good copy back, or delete it "
+            f"the receipt {folder.at(name)} cannot be read: {error}; put a good copy back, or delete it "
             "and extract again: its videos are then missing"
         ) from error
-    return table.append_column("written_at", written_at), metadata
+    return ReadReceipt(
+        name=name,
+        rows=table.append_column("written_at", times),
+        feature=metadata["feature"],
+        shard=metadata["shard"],
+        digest=metadata["digest"],
+        specification=specification,
+        written_at=written_at,
+        versions=versions,
+        files=files,
+        bytes=len(data),
+        sha256=sha256,
+    )
+
+
+def _check_rows(table: pa.Table, metadata: dict[str, Any]) -> None:
+    for field in (*ENTRY_FIELDS, *FACT_FIELDS):
+        if table.schema.field(field.name).type != field.type:
+            raise StoreFormatError(f"its column {field.name} is {table.schema.field(field.name).type}")
+        if not field.nullable and table[field.name].null_count:
+            raise StoreFormatError(f"its column {field.name} has empty cells")
+    for column, allowed in (("feature", [metadata["feature"]]), ("shard", [metadata["shard"]]), ("status", STATUS)):
+        if set(table[column].to_pylist()) - set(allowed):
+            raise StoreFormatError(f"its column {column} holds something else than {' or '.join(allowed)}")
+    check_name(metadata["feature"], "a receipt's feature")
+    check_name(metadata["shard"], "a receipt's shard")
+
+
+def _checked_files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The shard's files by name: all of them its own, since `verify` and `remove` act on what is named here."""
+    shard = f"features/{metadata['feature']}/{metadata['shard']}"
+    files: dict[str, dict[str, Any]] = {}
+    for name, about in dict(metadata["files"]).items():
+        parts = name.removeprefix(f"{shard}/").split("/")
+        if name != shard + ".h5" and (not name.startswith(f"{shard}/") or {"", ".", ".."} & set(parts)):
+            raise StoreFormatError(f"it names a file that is not its own: {name!r}")
+        files[name] = {"bytes": int(about["bytes"]), "sha256": str(about["sha256"])}
+    return files

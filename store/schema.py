@@ -15,8 +15,8 @@ from moclip.errors import StoreFormatError
 
 FORMAT = 1
 
-#: One row a (video, feature). ``array``, ``row_start`` and ``row_stop`` say where the rows lie; ``content`` is
-#: the SHA-256 of the rows as written, so that two stores compare without reading their arrays.
+#: One row a (video, feature). ``array``, ``row_start`` and ``row_stop`` say where the rows lie; ``content`` is the
+#: first half of a SHA-256 of the rows as written, so that two stores compare without reading their arrays.
 ENTRY_FIELDS = (
     pa.field("id", pa.string(), nullable=False),
     pa.field("feature", pa.string(), nullable=False),
@@ -27,7 +27,7 @@ ENTRY_FIELDS = (
     pa.field("array", pa.string()),
     pa.field("row_start", pa.int64()),
     pa.field("row_stop", pa.int64()),
-    pa.field("content", pa.string()),
+    pa.field("content", pa.binary(16)),
 )
 
 #: One row a video: what was found in the file. Further columns of the source list follow them.
@@ -56,6 +56,7 @@ LABEL_FIELDS = (
     pa.field("group", pa.string()),
 )
 
+BYTE_AXIS = "byte"
 
 #: A stranger's specification names one of these, or is refused.
 _DTYPES = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)} | {"float16", "float32", "float64"}
@@ -89,7 +90,8 @@ class FeatureSpec:
     """Everything that determines a feature's values, and nothing else (library versions are in the receipts).
 
     ``kind`` names the algorithm and ``parameters`` its settings (plain JSON, the algorithm's version included).
-    A row has ``axes`` beyond the row axis; ``columns`` are numbers that go with each row, name to dtype.
+    A row has ``axes`` beyond the row axis; ``columns`` are numbers that go with each row, name to dtype. Where the
+    one axis is ``byte``, rows are ``ragged``: each is a file of its own length, such as a JPEG.
     """
 
     kind: str
@@ -103,6 +105,13 @@ class FeatureSpec:
         for dtype in (self.dtype, *self.columns.values()):
             if dtype not in _DTYPES:
                 raise StoreFormatError(f"dtype {dtype!r} of feature kind {self.kind!r} is not a plain number")
+        if self.ragged and self.dtype != "uint8":
+            raise StoreFormatError(f"rows of bytes have dtype uint8, not {self.dtype}, in feature kind {self.kind!r}")
+
+    @property
+    def ragged(self) -> bool:
+        """Whether each row is a run of bytes of its own length."""
+        return self.axes == (BYTE_AXIS,)
 
     @property
     def digest(self) -> str:

@@ -5,82 +5,88 @@ Only a coordinator calls these; shard tasks write arrays and receipts alone.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moclip.errors import FeatureError, StoreFormatError
-from moclip.store.files import check_name, write_atomic
-from moclip.store.fold import fold
-from moclip.store.groups import GROUP, check_format, group_json, read_feature
-from moclip.store.receipts import list_receipts, parquet_bytes
+from moclip.store.files import NO_FILE, Folder, check_name, open_folder
+from moclip.store.fold import Fold, fold
+from moclip.store.groups import GROUP, feature_json, feature_names, read_feature, read_mark, store_json
+from moclip.store.parquet import parquet_bytes, read_parquet
+from moclip.store.receipts import list_receipts
 from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, empty_entries, empty_labels, empty_videos
 
-_TABLES = {"videos.parquet": empty_videos, "entries.parquet": empty_entries, "labels.parquet": empty_labels}
+VIDEOS, ENTRIES, LABELS, CATALOGUE = "videos.parquet", "entries.parquet", "labels.parquet", "catalogue.json"
+_EMPTY = {VIDEOS: empty_videos, ENTRIES: empty_entries, LABELS: empty_labels}
+_CLASSES_KEY = b"moclip"
 
 
-def create_store(root: str | Path) -> None:
+def create_store(url: str | Path, container: str | None = None) -> None:
     """Make an empty store that opens, or leave the one that is there as it is.
 
-    :class:`StoreFormatError` if the folder holds something else.
+    ``container`` is zarr, the default, or hdf5. :class:`StoreFormatError` if the folder holds something else, or a
+    store with the other container.
     """
-    root = Path(root)
-    if (root / "zarr.json").exists():
-        check_format(root)
-    elif is_foreign(root):
-        raise StoreFormatError(f"{root} exists and is not a moclip store; name another path")
+    folder = open_folder(url)
+    if folder.exists("zarr.json"):
+        there = read_mark(folder)
+        if container not in (None, there):
+            raise StoreFormatError(f"{folder} keeps its rows as {there}, not as {container}; name another path")
+    elif is_foreign(url):
+        raise StoreFormatError(f"{folder} exists and is not a moclip store; name another path")
     else:
         # First: whoever comes now, or after a kill here, completes the rest.
-        write_atomic(root / "zarr.json", group_json({"moclip": {"format": FORMAT}}))
-    for name, empty in _TABLES.items():
-        if not (root / name).exists():
-            write_atomic(root / name, parquet_bytes(empty()))
-    if not (root / "classes.json").exists():
-        write_atomic(root / "classes.json", b"[]")
-    if not (root / "features" / "zarr.json").exists():
-        write_atomic(root / "features" / "zarr.json", GROUP)
-    if not (root / "catalogue.json").exists():
-        _write_catalogue(root, [])
+        folder.write("zarr.json", store_json(container or "zarr"))
+    for name, empty in _EMPTY.items():
+        if not folder.exists(name):
+            folder.write(name, parquet_bytes(_with_classes(empty(), []) if name == LABELS else empty()))
+    if not folder.exists("features/zarr.json"):
+        folder.write("features/zarr.json", GROUP)
+    if not folder.exists(CATALOGUE):
+        _write_catalogue(folder, Fold(empty_videos(), empty_entries(), ()))
 
 
-def is_foreign(root: Path) -> bool:
-    """Whether something else than a store, or the beginning of one, is at ``root``."""
-    if not root.exists() or (root / "zarr.json").exists():
-        return False
-    if not root.is_dir():
+def is_store(url: str | Path) -> bool:
+    """Whether a store, or the beginning of one, is at ``url``."""
+    return open_folder(url).exists("zarr.json")
+
+
+def is_foreign(url: str | Path) -> bool:
+    """Whether something else than a store, or the beginning of one, is at ``url``."""
+    folder = open_folder(url)
+    if folder.local is not None and folder.local.exists() and not folder.local.is_dir():
         return True
     # Hidden names are unfinished writes, of a run that began at the same time or was killed.
-    visible = [path.name for path in root.iterdir() if not path.name.startswith(".")]
-    return bool(visible) and not (root / "zarr.json").exists()
+    return bool(folder.children()) and not folder.exists("zarr.json")
 
 
-def add_feature(root: str | Path, name: str, spec: FeatureSpec) -> None:
+def add_feature(url: str | Path, name: str, spec: FeatureSpec) -> None:
     """Give ``name`` to a specification. :class:`FeatureError` if it belongs to another one."""
-    folder = Path(root) / "features" / check_name(name, "a feature")
-    if is_added(root, name, spec):
+    if is_added(url, name, spec):
         return
-    attributes = {"moclip": {"specification": spec.to_json(), "digest": spec.digest}}
-    write_atomic(folder / "zarr.json", group_json(attributes))
-    is_added(root, name, spec)  # a run that began at the same time may have given the name away meanwhile
+    open_folder(url).write(f"features/{name}/zarr.json", feature_json(spec))
+    is_added(url, name, spec)  # a run that began at the same time may have given the name away meanwhile
 
 
-def is_added(root: str | Path, name: str, spec: FeatureSpec) -> bool:
+def is_added(url: str | Path, name: str, spec: FeatureSpec) -> bool:
     """Whether the store has the feature. :class:`FeatureError` if the name belongs to another specification."""
-    folder = Path(root) / "features" / check_name(name, "a feature")
-    if not (folder / "zarr.json").exists():
+    folder = open_folder(url)
+    if not folder.exists(f"features/{check_name(name, 'a feature')}/zarr.json"):
         return False
-    there = read_feature(folder)
+    there = read_feature(folder, name)
     if there.digest != spec.digest:
         raise FeatureError(
-            f"the feature {name!r} is taken in {root} by another specification ({_difference(there, spec)}); "
+            f"the feature {name!r} is taken in {folder} by another specification ({spec_difference(there, spec)}); "
             "give this one a name of its own with --as NAME"
         )
     return True
 
 
-def _difference(there: FeatureSpec, here: FeatureSpec) -> str:
+def spec_difference(there: FeatureSpec, here: FeatureSpec) -> str:
+    """In words, what differs between two specifications."""
     old, new = _flat(there.to_json()), _flat(here.to_json())
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     return "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} asked for" for key in changed[:4])
@@ -90,71 +96,136 @@ def _flat(spec: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in spec.items() if key != "parameters"}, **spec["parameters"]}
 
 
-def publish(root: str | Path) -> None:
+def fold_store(url: str | Path) -> Fold:
+    """What the receipts of a store amount to now, whether they were published or not."""
+    folder = open_folder(url)
+    return fold(folder, list_receipts(folder))
+
+
+def publish(url: str | Path) -> None:
     """Write the tables that the receipts amount to, and repeat until no receipt came in between.
 
     So of two runs into one store, whichever publishes last has seen the other's receipts.
     """
-    root = Path(root)
+    folder = open_folder(url)
     while True:
-        names = list_receipts(root)
-        videos, entries = fold(root, names)
-        write_atomic(root / "videos.parquet", parquet_bytes(videos))
-        write_atomic(root / "entries.parquet", parquet_bytes(entries))
-        _write_catalogue(root, names)
-        if list_receipts(root) == names:
+        names = list_receipts(folder)
+        folded = fold(folder, names)
+        folder.write(VIDEOS, parquet_bytes(folded.videos))
+        folder.write(ENTRIES, parquet_bytes(folded.entries))
+        _write_catalogue(folder, folded)
+        if list_receipts(folder) == names:
             return
 
 
-def write_labels(root: str | Path, table: pa.Table, classes: list[str]) -> None:
-    """Replace labels, groups and splits: ``id, label, group, split_<name>``, all text, one row an id."""
-    root = Path(root)
-    write_atomic(root / "labels.parquet", parquet_bytes(table.sort_by("id")))
-    write_atomic(root / "classes.json", json.dumps(classes, ensure_ascii=False, indent=0).encode())
-    _write_catalogue(root, sorted(published_receipts(root)))
+def write_labels(url: str | Path, table: pa.Table, classes: Sequence[str]) -> None:
+    """Replace labels, groups and splits (``id, label, group, split_<name>``, all text, one row an id) and classes."""
+    open_folder(url).write(LABELS, parquet_bytes(_with_classes(table.sort_by("id"), classes)))
 
 
-def _write_catalogue(root: Path, receipts: list[str]) -> None:
-    """List every metadata file and receipt with its size and checksum, and the list's own checksum."""
-    features = sorted(path.relative_to(root).as_posix() for path in root.glob("features/*/zarr.json"))
-    names = [*_TABLES, "classes.json", "features/zarr.json", *features, *receipts]
-    files = {name: _fingerprint(root / name) for name in ["zarr.json", *names] if (root / name).exists()}
-    body = {"format": FORMAT, "files": files}
-    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    catalogue = {**body, "sha256": checksum}
-    write_atomic(root / "catalogue.json", json.dumps(catalogue, indent=0, sort_keys=True).encode())
+def _with_classes(table: pa.Table, classes: Sequence[str]) -> pa.Table:
+    """The classes' order travels with the labels, in one file: they can never be of two times."""
+    about = json.dumps({"classes": list(classes)}, ensure_ascii=False)
+    return table.replace_schema_metadata({_CLASSES_KEY: about})
 
 
-def published_receipts(root: Path) -> set[str]:
-    """The receipts that the tables hold; none where the catalogue cannot be read, which says the same."""
+def read_classes(folder: Folder) -> list[str]:
+    """The class names that lie with the labels, in order."""
     try:
-        files = json.loads((root / "catalogue.json").read_bytes())["files"]
-        return {name for name in files if name.startswith("receipts/")}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
+        table, _ = read_parquet(folder.read(LABELS), [])
+        classes = json.loads(table.schema.metadata[_CLASSES_KEY])["classes"]
+    except (*NO_FILE, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StoreFormatError(f"{folder.at(LABELS)} cannot be read: {error}") from error
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise StoreFormatError(f"{folder.at(LABELS)}: its classes are not a list of names")
+    return classes
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+def _write_catalogue(folder: Folder, folded: Fold) -> None:
+    """List the tables, the specifications and the receipts that they hold, each with its size and checksum.
+
+    Labels are not among them: they change without the rest, and their file carries its own checksum.
+    """
+    features = [f"features/{name}/zarr.json" for name in feature_names(folder)]
+    names = ["zarr.json", "features/zarr.json", *features, VIDEOS, ENTRIES]
+    receipts = {
+        receipt.name: {"bytes": receipt.bytes, "sha256": receipt.sha256, "stored": receipt.stored}
+        for receipt in folded.receipts
+    }
+    body = {
+        "format": FORMAT,
+        "files": {name: _fingerprint(folder, name) for name in names},
+        "receipts": receipts,
+        "versions": _versions(folded),
+    }
+    folder.write(CATALOGUE, _catalogue_bytes(body))
+
+
+def _catalogue_bytes(body: dict[str, Any]) -> bytes:
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": checksum}, indent=0, sort_keys=True).encode()
+
+
+def _versions(folded: Fold) -> dict[str, dict[str, list[str]]]:
+    """Feature to library to the versions of it that made the feature's rows."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for receipt in folded.receipts:
+        for library, version in receipt.versions.items():
+            found.setdefault(receipt.feature, {}).setdefault(library, set()).add(version)
+    return {feature: {name: sorted(them) for name, them in some.items()} for feature, some in found.items()}
+
+
+def read_catalogue(folder: Folder) -> dict[str, Any]:
+    """The catalogue, every byte of which is the one that was written; :class:`StoreFormatError` otherwise."""
+    try:
+        data = folder.read(CATALOGUE)
+        body = dict(json.loads(data))
+        body.pop("sha256")
+        if _catalogue_bytes(body) != data:
+            raise StoreFormatError("its checksum differs")
+        for about in (*body["files"].values(), *body["receipts"].values()):
+            if not (isinstance(about["bytes"], int) and isinstance(about["sha256"], str)):
+                raise StoreFormatError("it lists a file without its size or its checksum")
+        if not all(isinstance(about["stored"], int) for about in body["receipts"].values()):
+            raise StoreFormatError("it lists a receipt without the size of its shard")
+        return body
+    except (*NO_FILE, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreFormatError(
+            f"{folder.at(CATALOGUE)} cannot be read: {error}; `moclip verify --repair` makes it again"
+        ) from error
+
+
+def _fingerprint(folder: Folder, name: str) -> dict[str, Any]:
+    data = folder.read(name)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def read_table(root: Path, name: str) -> pa.Table:
-    """One of the store's tables, with the columns that format 1 promises, sorted by id."""
-    expected = _TABLES[name]().schema
+def read_table(
+    folder: Folder, name: str, columns: Sequence[str] | None = None, *, dictionaries: Sequence[str] = ()
+) -> pa.Table:
+    """One of the store's tables, sorted by id, with the columns that format 1 promises, or some of them."""
+    expected = _EMPTY[name]().schema
     try:
-        table = pq.read_table(pa.BufferReader((root / name).read_bytes()))
+        table, _ = read_parquet(folder.read(name), columns, dictionaries=dictionaries)
         for field in expected:
-            if table.schema.field(field.name).type != field.type:
-                raise StoreFormatError(
-                    f"{root / name}: column {field.name} is {table.schema.field(field.name).type}, "
-                    f"{field.type} expected"
-                )
-            if not field.nullable and table[field.name].null_count:
-                raise StoreFormatError(f"{root / name}: column {field.name} has empty cells")
+            if columns is None or field.name in columns:
+                _check_column(table, field)
         for column in table.schema:
-            if column.name.startswith(SPLIT_PREFIX) and name == "labels.parquet" and column.type != pa.string():
-                raise StoreFormatError(f"{root / name}: column {column.name} is {column.type}, text expected")
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise StoreFormatError(f"{root / name} cannot be read: {error}") from error
+            if column.name.startswith(SPLIT_PREFIX) and name == LABELS and column.type != pa.string():
+                raise StoreFormatError(f"column {column.name} is {column.type}, text expected")
+    except (*NO_FILE, KeyError, ValueError) as error:
+        advice = "`moclip verify --repair` makes it again from the receipts"
+        if name == LABELS:
+            advice = "put a good copy back, or delete it and use `moclip label`"
+        raise StoreFormatError(f"{folder.at(name)} cannot be read: {error}; {advice}") from error
     return table.replace_schema_metadata(None)
+
+
+def _check_column(table: pa.Table, field: pa.Field) -> None:
+    found = table.schema.field(field.name).type
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if found != field.type:
+        raise StoreFormatError(f"column {field.name} is {found}, {field.type} expected")
+    if not field.nullable and table[field.name].null_count:
+        raise StoreFormatError(f"column {field.name} has empty cells")

@@ -1,28 +1,31 @@
 """Fixtures that several test modules use."""
 
+import itertools
 import os
 from pathlib import Path
 
 import pytest
+from s3 import bucket, s3, s3_server  # noqa: F401
+from shards import SPEC
 
-from moclip.pipeline.extract import jobs
-from moclip.pipeline.extract.shard import extract_shard
+from moclip.pipeline.extract.cluster import Cluster
+from moclip.store import add_feature, create_store
 
 
 @pytest.fixture(scope="session")
 def run_tasks_here():
-    """In place of Dask: an extraction's tasks, one after the other, for tests of everything but the processes."""
+    """In place of Dask: a job's tasks, one after the other, for tests of everything but the processes."""
 
-    def run(prepared, totals):
-        for task in prepared.plan.tasks:
-            totals.update(extract_shard(str(prepared.job.store), task, prepared.config, totals.update))
+    def run(self, tasks, work, report):
+        for task in tasks:
+            report(work.run(task, report))
 
     return run
 
 
 @pytest.fixture
 def without_dask(monkeypatch, run_tasks_here):
-    monkeypatch.setattr(jobs, "_run_tasks", run_tasks_here)
+    monkeypatch.setattr(Cluster, "run", run_tasks_here)
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,23 @@ def data():
     if not folder:
         pytest.skip("MOCLIP_DATA names no folder of real clips")
     return Path(folder)
+
+
+@pytest.fixture(params=["zarr", "hdf5"])
+def container(request):
+    return request.param
+
+
+@pytest.fixture(params=["disk", "s3"])
+def new_root(request, container, tmp_path):
+    """Makes empty stores with the feature `motion`, on each backend, and gives their addresses."""
+    base = str(tmp_path) if request.param == "disk" else request.getfixturevalue("bucket")
+    made = itertools.count()
+
+    def new():
+        root = f"{base}/store{next(made)}"
+        create_store(root, container)
+        add_feature(root, "motion", SPEC)
+        return root
+
+    return new

@@ -18,10 +18,12 @@ from distributed import KilledWorker, LocalCluster
 from moclip.errors import EncoderError, FeatureError, SourceError, TooManyFailuresError
 from moclip.pipeline.backbones import EncoderConfig
 from moclip.pipeline.extract import jobs
+from moclip.pipeline.extract.cluster import Cluster, take_result
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.plan import make_plan
-from moclip.pipeline.extract.shard import ShardTask
+from moclip.pipeline.extract.shard import Extraction
 from moclip.pipeline.extract.sources import list_sources
+from moclip.pipeline.extract.tasks import ShardTask, Totals
 from moclip.store import add_feature, create_store, failed_entries, first_difference, open_store, publish
 
 EMBEDDING = "embedding-test-vit-"
@@ -65,7 +67,7 @@ def undisturbed(tmp_path_factory, corpus, weights, run_tasks_here):
     """All features of the corpus, made without Dask."""
     store = tmp_path_factory.mktemp("undisturbed") / "store.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "_run_tasks", run_tasks_here)
+        patch.setattr(Cluster, "run", run_tasks_here)
         extract(corpus, store, FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(weights))))
     return store
 
@@ -286,11 +288,12 @@ def test_what_kills_its_workers_is_tried_alone_and_then_recorded(tmp_path, corpu
     prepared = jobs.prepare(jobs.Job(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",))))
     create_store(tmp_path / "s.zarr")
     add_feature(tmp_path / "s.zarr", "motion", prepared.config.features["motion"])
-    totals = jobs._Totals(lambda _: None)
+    totals = Totals(lambda _: None)
+    work = Extraction(str(tmp_path / "s.zarr"), prepared.config)
     task = ShardTask(3, list_sources(corpus).videos[:3], ("motion",))
-    alone = jobs._finish(Killed(), task, prepared, totals)
+    alone = take_result(Killed(), task, work, totals.update)
     assert [again.videos for again in alone] == [(video,) for video in task.videos]
-    assert jobs._finish(Killed(), alone[1], prepared, totals) == []
+    assert take_result(Killed(), alone[1], work, totals.update) == []
     publish(tmp_path / "s.zarr")
     (failed,) = failed_entries(open_store(tmp_path / "s.zarr"))
     assert (failed["id"], failed["reason"]) == (task.videos[1].id, "crashed")
@@ -340,7 +343,7 @@ def long_corpus(tmp_path_factory):
 def long_undisturbed(tmp_path_factory, long_corpus, run_tasks_here):
     store = tmp_path_factory.mktemp("long-undisturbed") / "store.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "_run_tasks", run_tasks_here)
+        patch.setattr(Cluster, "run", run_tasks_here)
         extract(long_corpus, store, FeatureRequest(encoder=None))
     return store
 

@@ -20,6 +20,8 @@ SOURCES = sorted(
 ROOMS = {
     "moclip.store": set(),
     "moclip.pipeline.weights": set(),
+    "moclip.pipeline.notebook": {"moclip.store"},
+    "moclip.pipeline.analysis": {"moclip.store", "moclip.pipeline.notebook"},
     "moclip.pipeline.backbones": {"moclip.store", "moclip.pipeline.weights"},
     "moclip.pipeline.extract": {"moclip.store", "moclip.pipeline.backbones"},
     "moclip.pipeline.learn": {"moclip.store", "moclip.pipeline.backbones", "moclip.pipeline.weights"},
@@ -27,8 +29,8 @@ ROOMS = {
 #: Heavy libraries, and the rooms that may know them.
 LIBRARIES = {
     "av": {"moclip.pipeline.extract"},
-    "dask": {"moclip.pipeline.extract.jobs"},
-    "distributed": {"moclip.pipeline.extract.jobs"},
+    "dask": {"moclip.pipeline.analysis", "moclip.pipeline.extract.cluster"},
+    "distributed": {"moclip.pipeline.extract.cluster"},
     "tensorstore": {"moclip.store"},
     "torch": {"moclip.pipeline"},
     "open_clip": {"moclip.pipeline.backbones"},

@@ -1,6 +1,5 @@
 """Which features one extraction makes, and the specification that determines each one's values."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -8,14 +7,21 @@ from typing import Literal
 from moclip.errors import SourceError
 from moclip.pipeline.backbones import EncoderConfig, load_encoder
 from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.image import image_spec
+from moclip.pipeline.extract.kinds import (
+    ACCUMULATED,
+    DEFAULT_KINDS,
+    EMBEDDING,
+    IMAGE,
+    KINDS,
+    MOTION,
+    check_feature_name,
+)
 from moclip.pipeline.extract.reencode import SIZE
 from moclip.pipeline.extract.sampling import FramePolicy
 from moclip.store import FeatureSpec
 
 MotionSource = Literal["native", "mpeg4", "none"]
-MOTION, ACCUMULATED, EMBEDDING = "motion", "motion-accumulated", "embedding"
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,99}")
-KINDS = (MOTION, ACCUMULATED, EMBEDDING)
 DEFAULT_ENCODER = "open_clip:ViT-B-32-quickgelu/openai"
 #: On longer GOPs the accumulation starts anew after this many frames: CoViAR's GOP.
 WINDOW = 12
@@ -25,7 +31,7 @@ WINDOW = 12
 class FeatureRequest:
     """What a person asks for: kinds of features and their settings. ``rename`` is the name of a single one."""
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = DEFAULT_KINDS
     motion: MotionSource = "native"
     cell: int = 8
     frames: str = "middle"
@@ -43,8 +49,8 @@ class FeatureRequest:
             raise SourceError("nothing to extract: the motion is 'none' and so is the encoder")
         if self.rename and len(self.wanted) > 1:
             raise SourceError(f"--as names one feature, but {len(self.wanted)} are asked for; add --feature")
-        if self.rename and not _NAME.fullmatch(self.rename):
-            raise SourceError(f"{self.rename!r} cannot name a feature; expected a-z, 0-9 and '-', such as motion-16")
+        if self.rename:
+            check_feature_name(self.rename)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -81,9 +87,9 @@ class ExtractConfig:
             self.decode,
             motion=self.decode.motion if kinds & {MOTION, ACCUMULATED} else "none",
             accumulate=ACCUMULATED in kinds,
-            frames=self.decode.frames if EMBEDDING in kinds else None,
+            frames=self.decode.frames if kinds & {EMBEDDING, IMAGE} else None,
         )
-        return replace(self, features=features, decode=decode)
+        return replace(self, features=features, decode=decode, encoder=self.encoder if EMBEDDING in kinds else None)
 
 
 def resolve(request: FeatureRequest, threads: int = 1) -> ExtractConfig:
@@ -94,6 +100,8 @@ def resolve(request: FeatureRequest, threads: int = 1) -> ExtractConfig:
         if kind == EMBEDDING and request.encoder is not None:
             encoder = load_encoder(request.encoder)
             features[request.rename or f"{EMBEDDING}-{encoder.slug}"] = encoder.spec(request.frames)
+        elif kind == IMAGE:
+            features[request.rename or kind] = image_spec(request.frames)
         else:
             features[request.rename or kind] = motion_spec(kind, request.motion, request.cell)
     decode = DecodeConfig(motion=request.motion, cell=request.cell, window=WINDOW, frames=policy)

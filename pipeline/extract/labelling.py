@@ -19,9 +19,9 @@ from moclip.pipeline.extract.splits import (
 from moclip.store import Store, exclusive, open_store, write_labels
 
 
-def label_store(store: Path, *, splits: Path | None = None, csv: Path | None = None) -> Labelling:
+def label_store(store: str | Path, *, splits: Path | None = None, csv: Path | None = None) -> Labelling:
     """Change a store's labels from UCF101-style split lists or from a table; extracted features stay as they are."""
-    with exclusive(open_store(store).path):
+    with exclusive(open_store(store).url):
         return _label_store(open_store(store), splits, csv)
 
 
@@ -36,22 +36,22 @@ def _label_store(opened: Store, splits: Path | None, csv: Path | None) -> Labell
         raise ValueError("label_store needs splits or csv")
     if len(labelling.unlisted) == len(table):
         raise SourceError(
-            f"none of the {len(table)} videos of {opened.path} is listed, so nothing was changed; "
+            f"none of the {len(table)} videos of {opened.url} is listed, so nothing was changed; "
             f"their ids are like {table['id'][0].as_py()!r}"
             if len(table)
-            else f"{opened.path} has no videos to label"
+            else f"{opened.url} has no videos to label"
         )
-    write_labels(opened.path, labelling.table, list(labelling.classes))
+    write_labels(opened.url, labelling.table, list(labelling.classes))
     return labelling
 
 
-def label_new(store: Path, sources: Sequence[VideoSource], classes: Sequence[str], explicit: bool) -> None:
+def label_new(store: str | Path, sources: Sequence[VideoSource], classes: Sequence[str], explicit: bool) -> None:
     """Give the sources' labels to a store.
 
     What the store already says of a video stays, since `moclip label` may have said it; unless the labels were
     named ``explicit``-ly for this run.
     """
-    with exclusive(open_store(store).path):
+    with exclusive(open_store(store).url):
         _label_new(open_store(store), sources, classes, explicit)
 
 
@@ -65,7 +65,7 @@ def _label_new(opened: Store, sources: Sequence[VideoSource], classes: Sequence[
     labels = table["label"].to_pylist()
     used = {*labels, *classes}
     first = [name for name in dict.fromkeys(order) if name in used]
-    write_labels(opened.path, table, list(class_order(labels, first)))
+    write_labels(opened.url, table, list(class_order(labels, first)))
 
 
 def _filled_from(known: pa.Table, new: pa.Table) -> pa.Table:

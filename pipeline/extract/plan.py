@@ -1,5 +1,6 @@
 """What is missing from a store, packed into shards."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from moclip.pipeline.extract.shard import ShardTask
 from moclip.pipeline.extract.sources import VideoSource, file_size
-from moclip.store import fold, list_receipts
+from moclip.pipeline.extract.tasks import ShardTask, Video
+from moclip.store import fold_store, is_store
 
 #: A shard holds at most so many videos, and stops growing at so many bytes of them: a bound on what a killed
 #: task costs. Bytes stand for frames, which only decoding tells.
@@ -24,7 +25,7 @@ SHARDS_A_WORKER = 4
 class Plan:
     """The tasks to run, and what was left out of them: ids that are done, failed before, or changed on disk."""
 
-    tasks: tuple[ShardTask, ...]
+    tasks: tuple[ShardTask[VideoSource], ...]
     done: int
     failed_before: tuple[str, ...]
     changed: tuple[str, ...]
@@ -35,7 +36,7 @@ class Plan:
 
 
 def make_plan(
-    store: Path,
+    store: str | Path,
     sources: Sequence[VideoSource],
     features: Sequence[str],
     *,
@@ -74,11 +75,12 @@ def make_plan(
     return Plan(tuple(tasks), done, tuple(failed_before), tuple(changed))
 
 
-def _known(store: Path) -> tuple[dict[tuple[str, str], str], dict[str, int | None]]:
+def _known(store: str | Path) -> tuple[dict[tuple[str, str], str], dict[str, int | None]]:
     """The status of every (id, feature), and the size of each video that was extracted."""
-    if not store.exists():
+    if not is_store(store):
         return {}, {}
-    videos, entries = fold(store, list_receipts(store))
+    folded = fold_store(store)
+    videos, entries = folded.videos, folded.entries
     keys = zip(entries["id"].to_pylist(), entries["feature"].to_pylist(), strict=True)
     status = dict(zip(keys, entries["status"].to_pylist(), strict=True))
     hashed = videos.filter(pc.is_valid(videos["content_hash"]))
@@ -90,19 +92,34 @@ def _differs(source: VideoSource, sizes: Mapping[str, int | None]) -> bool:
     return now is not None and source.id in sizes and sizes[source.id] != now
 
 
-def _pack(sources: Sequence[VideoSource], missing: Mapping[str, tuple[str, ...]], workers: int) -> Iterator[ShardTask]:
+def _pack(
+    sources: Sequence[VideoSource], missing: Mapping[str, tuple[str, ...]], workers: int
+) -> Iterator[ShardTask[VideoSource]]:
     """Runs of sources, in id order, that lack the same features; no more than a shard's bounds each."""
-    most = min(SHARD_VIDEOS, max(1, -(-len(sources) // (workers * SHARDS_A_WORKER))))
-    number = 0
+    most = videos_a_shard(len(sources), workers)
+    number = itertools.count()
     by_features = sorted(sources, key=lambda source: (missing[source.id], source.id))
     for features, group in groupby(by_features, key=lambda source: missing[source.id]):
-        shard: list[VideoSource] = []
-        size = 0
-        for source in group:
-            if shard and (len(shard) == most or size >= SHARD_BYTES):
-                yield ShardTask(number, tuple(shard), features)
-                number, shard, size = number + 1, [], 0
-            shard.append(source)
-            size += file_size(source.path) or 0
-        yield ShardTask(number, tuple(shard), features)
-        number += 1
+        members = list(group)
+        sizes = [file_size(source.path) or 0 for source in members]
+        for videos in cut(members, sizes, most=most, most_size=SHARD_BYTES):
+            yield ShardTask(next(number), videos, features)
+
+
+def videos_a_shard(videos: int, workers: int) -> int:
+    """How many videos a shard may hold, where there are so many to do."""
+    return min(SHARD_VIDEOS, max(1, -(-videos // (workers * SHARDS_A_WORKER))))
+
+
+def cut(videos: Sequence[Video], sizes: Sequence[int], *, most: int, most_size: int) -> Iterator[tuple[Video, ...]]:
+    """Runs of videos, in order: at most ``most`` each, and none grows on once its sizes add up to ``most_size``."""
+    run: list[Video] = []
+    total = 0
+    for video, size in zip(videos, sizes, strict=True):
+        if run and (len(run) == most or total >= most_size):
+            yield tuple(run)
+            run, total = [], 0
+        run.append(video)
+        total += size
+    if run:
+        yield tuple(run)

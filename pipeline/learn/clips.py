@@ -108,7 +108,7 @@ def read_labelled(store: Store, split: str | None, *, feature: str) -> tuple[Cli
         table = table.filter(pc.equal(table["part"], "test"))
     table = table.filter(table["label"].is_valid())
     if not len(table):
-        raise RunError(f"{store.path} has no labelled clip to test; label it with `moclip label STORE --csv FILE`")
+        raise RunError(f"{store.url} has no labelled clip to test; label it with `moclip label STORE --csv FILE`")
     targets, classes = _classes(store, table if split is None else split_table(store, split))
     if split is not None:
         position = {name: i for i, name in enumerate(classes)}
@@ -125,10 +125,10 @@ def split_table(store: Store, name: str) -> pa.Table:
     columns = [column for column in store.labels.column_names if column.startswith(SPLIT_PREFIX)]
     if not len(store.labels) or not columns:
         what = "labels" if not len(store.labels) else "splits"
-        raise RunError(f"{store.path} has no {what}; add them with `moclip label STORE --splits DIR | --csv FILE`")
+        raise RunError(f"{store.url} has no {what}; add them with `moclip label STORE --splits DIR | --csv FILE`")
     if SPLIT_PREFIX + name not in columns:
         there = ", ".join(column.removeprefix(SPLIT_PREFIX) for column in columns)
-        raise RunError(f"{store.path} has no split {name!r}; it has: {there}")
+        raise RunError(f"{store.url} has no split {name!r}; it has: {there}")
     table = store.labels.select(["id", "label", "group", SPLIT_PREFIX + name])
     table = table.rename_columns(["id", "label", "group", "part"])
     return table.filter(pc.and_(table["label"].is_valid(), table["part"].is_valid()))
@@ -140,7 +140,7 @@ def _classes(store: Store, table: pa.Table) -> tuple[npt.NDArray[np.int64], list
     used = set(labels)
     unknown = sorted(used - set(store.classes))
     if unknown:
-        raise RunError(f"{store.path}: labels that are none of its classes: {', '.join(unknown)}")
+        raise RunError(f"{store.url}: labels that are none of its classes: {', '.join(unknown)}")
     classes = [name for name in store.classes if name in used]
     position = {name: i for i, name in enumerate(classes)}
     return np.array([position[label] for label in labels], np.int64), classes

@@ -81,7 +81,7 @@ class Run:
     def check_features(self, *stores: Store) -> None:
         """Raise :class:`RunError` unless the features in ``stores`` mean what this run was trained on."""
         there = {name: spec for store in stores for name, spec in store.features.items()}
-        places = " and ".join(str(store.path) for store in stores)
+        places = " and ".join(str(store.url) for store in stores)
         for name, trained in self.features.items():
             found = there.get(name)
             if found is None or found.digest != trained.digest:

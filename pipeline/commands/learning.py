@@ -1,0 +1,180 @@
+"""Commands that train from a store, and test: train, evaluate, zeroshot."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moclip.pipeline.commands.console import EXISTING, NEW, STORE, progress, say, together
+
+if TYPE_CHECKING:
+    from moclip.pipeline.learn.metrics import Metrics
+    from moclip.pipeline.learn.runs import TrainResult
+
+_TRAINING = together(
+    click.option("--split", required=True, metavar="NAME", help="The split of the store to train and test on."),
+    click.option("--out", required=True, type=NEW, help="The run directory to make."),
+    click.option("--epochs", type=int, help="Passes over the training part.  [default: tsn 30, else 100]"),
+    click.option("--batch", type=int, help="Clips a step.  [default: tsn 24, else 64]"),
+    click.option("--lr", type=float, help="Learning rate.  [default: tsn 0.01, else 0.0001]"),
+    click.option("--segments", type=int, help="Segments a clip in training.  [default: 3]"),
+    click.option(
+        "--val-fraction",
+        type=float,
+        help="Part of train, in whole groups, that chooses the epoch; 0 takes the last.  [default: 0.15]",
+    ),
+    click.option("--seed", type=int, help="Fixes every random choice.  [default: 0]"),
+    click.option("--device", help="cpu, cuda or auto.  [default: auto]"),
+)
+
+
+@click.group()
+def train() -> None:
+    """Train a model from a store alone; no video is opened.
+
+    \b
+    Example:
+      moclip train tsn corpus.zarr --split 1 --out runs/tsn
+    """
+
+
+@train.command()
+@click.argument("store", type=STORE)
+@_TRAINING
+@click.option("--feature", help="motion-accumulated (default), motion, or another name.")
+@click.option("--backbone", metavar="NAME", help="timm:<model>.  [default: timm:efficientnet_b0]")
+@click.option("--weights", help="A file with the backbone's weights, instead of a download; none: from scratch.")
+@click.option("--input-size", type=int, metavar="PX", help="Side of the network's input.  [default: 224]")
+@click.option("--no-mirror", is_flag=True, help="For classes that left and right tell apart.")
+def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
+    """Train MV-TSN, a network on motion vectors. Its pooled features stay in the run, for fusion.
+
+    \b
+    Example:
+      moclip train tsn ucf101.zarr --split 1 --out runs/tsn --epochs 200
+    """
+    from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
+
+    config = TSNConfig(**_given(options), mirror=not no_mirror)
+    with _training_bar(config.epochs) as on_epoch:
+        result = train_tsn(store, out, config, on_epoch=on_epoch)
+    _print_result(result)
+
+
+@train.command()
+@click.argument("store", type=STORE)
+@_TRAINING
+@click.option("--motion-run", required=True, type=EXISTING, help="The run of `moclip train tsn`, of the same split.")
+@click.option("--feature", help="The embedding, where the store has several.")
+def fusion(store: str, out: Path, motion_run: Path, **options: Any) -> None:
+    """Train the late fusion of a frozen MV-TSN and the image embedding. Runs no CNN.
+
+    \b
+    Example:
+      moclip train fusion ucf101.zarr --split 1 --motion-run runs/tsn --out runs/fusion
+    """
+    from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
+
+    config = FusionConfig(**_given(options), motion_run=str(motion_run))
+    with _training_bar(config.epochs) as on_epoch:
+        result = train_fusion(store, out, config, on_epoch=on_epoch)
+    _print_result(result)
+
+
+@train.command()
+@click.argument("store", type=STORE)
+@_TRAINING
+@click.option("--feature", help="The embedding, where the store has several.")
+def probe(store: str, out: Path, **options: Any) -> None:
+    """Train the control: the fusion's classifier on the image embedding alone.
+
+    \b
+    Example:
+      moclip train probe ucf101.zarr --split 1 --out runs/probe
+    """
+    from moclip.pipeline.learn.fusion import FusionConfig, train_probe
+
+    config = FusionConfig(**_given(options))
+    with _training_bar(config.epochs) as on_epoch:
+        result = train_probe(store, out, config, on_epoch=on_epoch)
+    _print_result(result)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What was said on the command line; the configuration knows the defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@contextmanager
+def _training_bar(epochs: int) -> Iterator[Any]:
+    with progress("train", epochs, "epoch {done}/{total} · {row}") as advance:
+
+        def on_epoch(row: Any) -> None:
+            said = f"loss {row.train_loss:.3f}"
+            if row.val_top1 is not None:
+                said += f" · held out {100 * row.val_top1:.1f} %"
+            advance(row.epoch, row=said)
+
+        yield on_epoch
+
+
+def _print_result(result: "TrainResult") -> None:
+    best = result.best
+    chosen = "the last" if best.val_top1 is None else f"chosen on the held-out part, {100 * best.val_top1:.1f} % there"
+    click.echo(f"{result.kind}: epoch {best.epoch} ({chosen}); {result.seconds:.1f} s")
+    _print_metrics(result.test)
+    click.echo(f"run: {result.run}")
+
+
+def _print_metrics(metrics: "Metrics", per_class: bool = False) -> None:
+    say(
+        f"split {metrics.split}, {metrics.clips} test clips, {metrics.protocol}: top-1 {100 * metrics.top1:.1f} %, "
+        f"top-5 {100 * metrics.top5:.1f} %, mean over classes {100 * metrics.mean_class_accuracy:.1f} %"
+    )
+    for reason, count in metrics.missing.items():
+        say(f"  {count} labelled clips are not in these numbers: {reason}")
+    if per_class:
+        for name, found in metrics.per_class.items():
+            shown = "no clips" if found.accuracy is None else f"{100 * found.accuracy:5.1f} %"
+            say(f"  {shown}  {found.n:4d}  {name}")
+
+
+@click.command()
+@click.argument("run", type=EXISTING)
+@click.argument("store", type=STORE)
+@click.option("--split", metavar="NAME", help="The split to test on.  [default: the run's]")
+@click.option(
+    "--protocol", metavar="SxC", help="For MV-TSN: segments x crops, such as 25x1, 25x10, 32x1.  [default: 25x1]"
+)
+@click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
+def evaluate(run: Path, store: str, **options: Any) -> None:
+    """Test a run on a store. Classes are matched by name; results go into RUN/evaluations.
+
+    \b
+    Example:
+      moclip evaluate runs/tsn ucf101.zarr --protocol 25x10
+    """
+    from moclip.pipeline.learn.evaluate import evaluate_run
+
+    _print_metrics(evaluate_run(run, store, **options).metrics, per_class=True)
+
+
+@click.command()
+@click.argument("store", type=STORE)
+@click.option("--split", metavar="NAME", help="Only this split's test part.  [default: all labelled videos]")
+@click.option("--feature", default="embedding", help="The embedding, where the store has several.", show_default=True)
+@click.option("--weights", type=EXISTING, help="A file with the encoder's weights, instead of a download.")
+@click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
+def zeroshot(store: str, weights: Path | None, **options: Any) -> None:
+    """Classify CLIP embeddings by the classes' names.
+
+    \b
+    Example:
+      moclip zeroshot ucf101.zarr --split 1
+    """
+    from moclip.pipeline.learn.zeroshot import zeroshot as classify
+
+    found = classify(store, weights=None if weights is None else str(weights), **options)
+    _print_metrics(found.metrics, per_class=True)

@@ -1,0 +1,24 @@
+"""The two containers that hold a store's rows, behind one interface (:mod:`moclip.store.rows`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moclip.store.files import Folder
+from moclip.store.hdf5 import Hdf5Reader, Hdf5Shard
+from moclip.store.rows import RowReader, ShardFiles
+from moclip.store.zarr_arrays import ZarrReader, ZarrShard
+
+
+@dataclass(frozen=True)
+class Container:
+    """How a store's rows are written and read.
+
+    ``shard`` takes a local folder, the shard's name below it, and what the shard holds, as JSON.
+    """
+
+    shard: Callable[[Path, str, str], ShardFiles]
+    reader: Callable[[Folder], RowReader]
+
+
+CONTAINERS = {"zarr": Container(ZarrShard, ZarrReader), "hdf5": Container(Hdf5Shard, Hdf5Reader)}
