@@ -9,7 +9,7 @@ import click
 
 from moclip import __version__
 from moclip.errors import MoclipError
-from moclip.pipeline.commands import extracting, learning, sharing
+from moclip.pipeline.commands import extracting, learning, looking, sharing
 from moclip.pipeline.commands.console import NEW, one_line
 
 INTERRUPTED = 130
@@ -69,8 +69,11 @@ for command in (
     extracting.extract,
     extracting.embed,
     extracting.label,
-    sharing.info,
-    sharing.diff,
+    looking.info,
+    looking.diff,
+    sharing.export,
+    sharing.merge,
+    sharing.remove,
     learning.train,
     learning.evaluate,
     learning.zeroshot,

@@ -53,7 +53,7 @@ def flips(source: Store, folder: Path, count: int, seed: int) -> None:
             tally = flip_all(url, files, count, pick, np.random.default_rng(seed))
             print(
                 f"  {how}: verify reports {tally.reported}/{count} ({tally.named} by the file's name); "
-                f"reading refuses {tally.raised}, reads {len(tally.wrong)} silently wrong"
+                f"reading refuses {tally.raised}, reads {len(tally.wrong)} silently wrong (or fails otherwise)"
             )
             for line in tally.wrong[:10]:
                 print(f"    {line}")

@@ -58,7 +58,7 @@ class RowSource:
         self._feature = check_name(feature, "a feature")
         self._spec = spec
         self._reader = CONTAINERS[read_mark(folder)].reader(folder)
-        self._open = lru_cache(_OPEN_ARRAYS)(self._open_anew)
+        self._open_once = lru_cache(_OPEN_ARRAYS)(self._open_anew)
 
     def start(self, shard: str, entry: Entry) -> Iterator[StartedBlock]:
         """Read the rows of an ok entry of ``shard``; each block is begun when it is asked for."""
@@ -66,31 +66,46 @@ class RowSource:
             raise StoreFormatError(
                 f"an entry of {self._feature}/{shard} in {self._url} does not say where its rows lie"
             )
-        names = {name: self._opened(shard, entry, name) for name in (*self._spec.columns, VALUE)}
+        opened = {name: self._open(shard, entry.array, name, entry.row_stop) for name in self._spec.columns}
         if self._spec.ragged:
-            stops = self._opened(shard, entry, VALUE_STOP)
-            yield from _ragged(names, stops, entry.row_start, entry.row_stop, f"{self._url}: {self._feature}/{shard}")
+            yield from self._ragged(shard, entry.array, opened, entry.row_start, entry.row_stop)
         else:
-            size = row_bytes(self._spec.dtype, names[VALUE].shape[1:])
-            yield from _regular(names, entry.row_start, entry.row_stop, size)
+            value = self._open(shard, entry.array, VALUE, entry.row_stop)
+            size = row_bytes(self._spec.dtype, value.shape[1:])
+            yield from _regular({**opened, VALUE: value}, entry.row_start, entry.row_stop, size)
 
-    def _opened(self, shard: str, entry: Entry, column: str) -> Rows:
-        assert entry.array is not None
-        assert entry.row_stop is not None
-        rows = self._open(shard, entry.array, column)
-        # The bytes of ragged rows are counted in value_stop.
-        counted = not (self._spec.ragged and column == VALUE)
-        if counted and rows.shape[0] < entry.row_stop:
+    def _ragged(
+        self, shard: str, array: str, columns: dict[str, Rows], start: int, stop: int
+    ) -> Iterator[StartedBlock]:
+        stops = self._open(shard, array, VALUE_STOP, stop, 8 * (stop - start))
+        bounds = stops.start(slice(max(0, start - 1), stop))()
+        if not start:
+            bounds = np.concatenate([np.zeros(1, np.int64), bounds])
+        lengths = np.diff(bounds)
+        if bounds[0] < 0 or (lengths < 0).any():
+            raise StoreFormatError(f"{self._url}: rows of {self._feature}/{shard} stop where there are no bytes")
+        value = self._open(shard, array, VALUE, int(bounds[-1]), int(lengths.max(initial=0)))
+        columns = {**columns, VALUE: value}
+        for first, last in _byte_runs(lengths):
+            rows, data = slice(start + first, start + last), slice(int(bounds[first]), int(bounds[last]))
+            begun = {name: column.start(data if name == VALUE else rows) for name, column in columns.items()}
+            size = (data.stop - data.start) // (last - first)
+            yield _started(begun, lengths[first:last], rows, stop, size)
+
+    def _open(self, shard: str, array: str, column: str, needed: int, at_once: int = 0) -> Rows:
+        """A column that holds at least ``needed`` rows. Its files are looked for before much is read ``at_once``."""
+        rows = self._open_once(shard, array, column, needed if at_once > BLOCK_BYTES else 0)
+        if rows.shape[0] < needed:
             raise StoreFormatError(
-                f"{self._url}: {self._feature}/{shard}/{entry.array}/{column} has {rows.shape[0]} rows; "
-                f"an entry names {entry.row_stop} rows of it"
+                f"{self._url}: {self._feature}/{shard}/{array}/{column} has {rows.shape[0]} rows; "
+                f"an entry names {needed} rows of it"
             )
         return rows
 
-    def _open_anew(self, shard: str, array: str, column: str) -> Rows:
+    def _open_anew(self, shard: str, array: str, column: str, needed: int) -> Rows:
         name = f"features/{self._feature}/{check_name(shard, 'a shard')}"
         dtypes = {VALUE: self._spec.dtype, VALUE_STOP: "int64"} | dict(self._spec.columns)
-        return self._reader.open(name, check_name(array, "an array"), column, dtypes[column], 0)
+        return self._reader.open(name, check_name(array, "an array"), column, dtypes[column], needed)
 
 
 def _regular(columns: Mapping[str, Rows], start: int, stop: int, size: int) -> Iterator[StartedBlock]:
@@ -98,21 +113,6 @@ def _regular(columns: Mapping[str, Rows], start: int, stop: int, size: int) -> I
     for first in range(start, stop, step):
         rows = slice(first, min(first + step, stop))
         yield _started({name: column.start(rows) for name, column in columns.items()}, None, rows, stop, size)
-
-
-def _ragged(columns: Mapping[str, Rows], stops: Rows, start: int, stop: int, where: str) -> Iterator[StartedBlock]:
-    bounds = stops.start(slice(max(0, start - 1), stop))()
-    if not start:
-        bounds = np.concatenate([np.zeros(1, np.int64), bounds])
-    lengths = np.diff(bounds)
-    if bounds[0] < 0 or (lengths < 0).any() or bounds[-1] > columns[VALUE].shape[0]:
-        raise StoreFormatError(f"{where}: rows of bytes stop where there are no bytes")
-    for first, last in _byte_runs(lengths):
-        rows = slice(start + first, start + last)
-        begun = {name: column.start(rows) for name, column in columns.items() if name != VALUE}
-        begun[VALUE] = columns[VALUE].start(slice(int(bounds[first]), int(bounds[last])))
-        size = max(1, int(bounds[last] - bounds[first]) // (last - first))
-        yield _started(begun, lengths[first:last], rows, stop, size)
 
 
 def _byte_runs(lengths: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -90,7 +90,7 @@ def _feature(store: Store, name: str, spec: FeatureSpec, catalogue: Mapping[str,
     ok = entries.filter(pc.equal(entries["status"], "ok"))
     failed = entries.filter(pc.equal(entries["status"], "failed"))
     size = sum(about["stored"] for path, about in catalogue["receipts"].items() if path.startswith(f"receipts/{name}/"))
-    versions = catalogue["versions"].get(name, {})
+    versions = dict(catalogue["versions"].get(name, {}))
     rows = int(_sum(ok["row_stop"]) - _sum(ok["row_start"]))
     return FeatureInfo(name, spec.digest, spec, len(ok), rows, size, _counts(failed["reason"]), versions)
 

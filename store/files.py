@@ -11,7 +11,7 @@ import re
 import stat
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +48,10 @@ class Folder(ABC):
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Put a whole file in place at once."""
+
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> None:
+        """Put a whole file in place at once, unless there is one: of two that come at a time, the first one stays."""
 
     @abstractmethod
     def put(self, local: Path, name: str) -> None:
@@ -128,6 +132,9 @@ class LocalFolder(Folder):
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self._inside(name), data)
 
+    def create(self, name: str, data: bytes) -> None:
+        write_atomic(self._inside(name), data, into_place=_link)
+
     def put(self, local: Path, name: str) -> None:
         target = self._inside(name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +212,7 @@ def checked(name: str) -> str:
     return name
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, into_place: Callable[[Path, Path], object] = os.replace) -> None:
     """Write ``data`` under a temporary name, flush it to the disk, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -214,9 +221,20 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, unless that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # some disks know no second names of a file
+        if not path.exists():
+            os.replace(temporary, path)
 
 
 def exclusive(url: str | Path) -> AbstractContextManager[None]:

@@ -14,6 +14,8 @@ from moclip.errors import StoreFormatError
 
 _KEY = "moclip.sha256"
 _BLANK = b"0" * 64
+#: Every row has an id of its own, which cannot be compressed away; a header that claims more is not believed.
+_MOST_ROWS_A_BYTE = 8
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -23,7 +25,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
         writer.write_table(table)
         writer.add_key_value_metadata({_KEY: _BLANK.decode()})
     data = bytes(sink.getvalue())
-    at = data.rindex(_BLANK)
+    at = _place(data)
+    assert data[at : at + 64] == _BLANK
     return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + 64 :]
 
 
@@ -38,6 +41,8 @@ def read_parquet(
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(dictionaries) or None)
         stated = (file.metadata.metadata or {}).get(_KEY.encode(), b"")
         _check(data, stated)
+        if file.metadata.num_rows > _MOST_ROWS_A_BYTE * len(data):
+            raise StoreFormatError(f"{len(data)} bytes cannot hold its {file.metadata.num_rows} rows")
         return file.read(columns if columns is None else list(columns)), stated.decode()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise StoreFormatError(f"it is not a whole Parquet file: {error}") from error
@@ -46,9 +51,16 @@ def read_parquet(
 def _check(data: bytes, stated: bytes) -> None:
     if len(stated) != 64:
         raise StoreFormatError("it carries no checksum of moclip's")
-    at = data.rindex(stated)
+    at = _place(data)
+    if data[at : at + 64] != stated:
+        raise StoreFormatError("its footer is not as moclip writes it")
     digest = hashlib.sha256(memoryview(data)[:at])
     digest.update(_BLANK)
     digest.update(memoryview(data)[at + 64 :])
     if digest.hexdigest().encode() != stated:
         raise StoreFormatError("its bytes are not those that were written: the checksum differs")
+
+
+def _place(data: bytes) -> int:
+    """Where the checksum's digits are: behind the key's last occurrence and two bytes of Thrift, type and length."""
+    return data.rindex(_KEY.encode()) + len(_KEY) + 2

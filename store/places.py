@@ -50,10 +50,9 @@ class Places:
         rows = entries.filter(pc.and_(pc.equal(entries["feature"], feature), pc.equal(entries["status"], "ok")))
         if any(rows[name].null_count for name in ("array", "row_start", "row_stop")):
             raise StoreFormatError(f"an ok entry of {feature} does not say where its rows lie")
-        at = pc.index_in(rows["id"], ids).combine_chunks()
-        if at.null_count:
-            raise StoreFormatError(f"an entry of {feature} is of a video that the table of videos does not have")
-        video = at.to_numpy().astype(np.int64)
+        video = _positions(rows["id"], ids)
+        # A video that its table does not have: publishing was cut short between the two files.
+        rows, video = rows.filter(pa.array(video >= 0)), video[video >= 0]
         start, stop = (rows[name].to_numpy().astype(np.int64) for name in ("row_start", "row_stop"))
         if (start < 0).any() or (stop <= start).any():
             raise StoreFormatError(f"an entry of {feature} has a row range that is none")
@@ -88,6 +87,14 @@ class Places:
             raise FeatureError(f"frame {frames[k]} was asked of a video with {count[k]} rows of {self.feature}, from 0")
         numbers: npt.NDArray[np.int64] = self.start[at] + frames
         return numbers
+
+
+def _positions(some: pa.ChunkedArray, ids: pa.Array) -> npt.NDArray[np.int64]:
+    """Where each of ``some`` stands in ``ids``, -1 where it does not. The same ids need no search."""
+    if some.combine_chunks().equals(ids):
+        return np.arange(len(ids))
+    at: npt.NDArray[np.int64] = pc.fill_null(pc.index_in(some, ids), -1).to_numpy().astype(np.int64)
+    return at
 
 
 def _spread(video: npt.NDArray[np.int64], values: npt.NDArray[_Number], videos: int) -> npt.NDArray[_Number]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from moclip.errors import FeatureError, StoreFormatError
 from moclip.store.containers import CONTAINERS
 from moclip.store.files import check_same_process, open_folder
-from moclip.store.groups import feature_names, read_feature, read_mark
+from moclip.store.groups import read_features, read_mark
 from moclip.store.places import Places
 from moclip.store.rows import RowReader, Rows
 from moclip.store.schema import FeatureSpec
@@ -82,7 +82,7 @@ class Store:
     @cached_property
     def features(self) -> dict[str, FeatureSpec]:
         """The specification (:class:`FeatureSpec`) of each feature, by name."""
-        return {name: read_feature(self._folder, name) for name in feature_names(self._folder)}
+        return read_features(self._folder)
 
     def resolve(self, name: str) -> str:
         """The full name of a feature: ``embedding`` stands for the only feature of that kind there is."""
@@ -177,7 +177,9 @@ class Store:
 
     @cached_property
     def _ids(self) -> pa.Array:
-        return read_table(self._folder, VIDEOS, ["id"])["id"].combine_chunks()
+        # The whole table is large: it is not read for its ids, nor twice.
+        table = self.videos if "videos" in self.__dict__ else read_table(self._folder, VIDEOS, ["id"])
+        return table["id"].combine_chunks()
 
     @cached_property
     def _position(self) -> dict[str, int]:

@@ -186,4 +186,6 @@ def _checked_files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if name != shard + ".h5" and (not name.startswith(f"{shard}/") or {"", ".", ".."} & set(parts)):
             raise StoreFormatError(f"it names a file that is not its own: {name!r}")
         files[name] = {"bytes": int(about["bytes"]), "sha256": str(about["sha256"])}
+        if files[name]["bytes"] < 0 or not name.isprintable():
+            raise StoreFormatError(f"it names a file that cannot be: {name!r} of {about['bytes']} bytes")
     return files

@@ -16,10 +16,11 @@ from moclip.store.copying import Copy, RowSource, copy_shard
 from moclip.store.files import Folder, open_folder
 from moclip.store.filling import Report, entry_of, silent
 from moclip.store.groups import feature_names, read_mark
+from moclip.store.parquet import parquet_bytes
 from moclip.store.receipts import ReadReceipt, list_receipts, read_receipt
 from moclip.store.schema import EXTRA_PREFIX, FACT_FIELDS, SourceFacts
 from moclip.store.selection import some
-from moclip.store.tables import LABELS, VIDEOS, publish, read_classes, read_table, write_labels
+from moclip.store.tables import ENTRIES, LABELS, VIDEOS, publish, read_classes, read_table, write_labels
 
 _FACT_NAMES = [field.name for field in FACT_FIELDS]
 
@@ -112,7 +113,7 @@ def _write_without(folder: Folder, receipt: ReadReceipt, ids: Collection[str]) -
 
     Dead entries of other videos come too: what is dead or alive follows from all receipts, and must not change.
     """
-    kept = receipt.rows.filter(pc.invert(pc.is_in(receipt.rows["id"], pa.array(ids, pa.string()))))
+    kept = _without(receipt.rows, ids)
     if not len(kept):
         return
     shard = hashlib.sha256(json.dumps([receipt.shard, kept["id"].to_pylist()]).encode()).hexdigest()[:16]
@@ -141,11 +142,17 @@ def _facts_of(row: dict[str, Any]) -> SourceFacts:
 
 
 def _publish_without(folder: Folder, ids: Collection[str]) -> None:
-    labels = read_table(folder, LABELS)
-    kept = labels.filter(pc.invert(pc.is_in(labels["id"], pa.array(ids, pa.string()))))
+    labels, entries = (read_table(folder, name) for name in (LABELS, ENTRIES))
+    kept = _without(labels, ids)
     if len(kept) < len(labels):
         write_labels(folder.url, kept, read_classes(folder))
+    # Publishing writes the videos before the entries, and an entry of a video that is gone cannot be read.
+    folder.write(ENTRIES, parquet_bytes(_without(entries, ids)))
     publish(folder.url)
+
+
+def _without(rows: pa.Table, ids: Collection[str]) -> pa.Table:
+    return rows.filter(pc.invert(pc.is_in(rows["id"], pa.array(ids, pa.string()))))
 
 
 def _named(folder: Folder) -> set[str]:

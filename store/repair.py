@@ -41,8 +41,8 @@ class Repaired:
 def repair(url: str | Path, *, orphan_age_s: float = ORPHAN_AGE_S, report: Report | None = None) -> Repaired:
     """Verify a store and mend what can be mended; nothing that is whole is touched.
 
-    A shard with a damaged or missing file loses its receipt and, like every leftover that is older than
-    ``orphan_age_s`` seconds, its files. Tables and the catalogue are made again from the receipts.
+    A shard with a damaged or missing file loses its receipt and its files; so go leftovers that were last written
+    ``orphan_age_s`` seconds ago. Tables and the catalogue are made again from the receipts.
     :class:`StoreFormatError`, and nothing is done, where the disk or the bucket does not give a file: that is
     first to be put right.
     """
@@ -61,7 +61,7 @@ def repair(url: str | Path, *, orphan_age_s: float = ORPHAN_AGE_S, report: Repor
     written, deleted = _restore(examination, problems)
     create_store(url)  # labels that are missing
     publish(url)
-    orphans, young = _delete_orphans(folder, orphan_age_s)
+    orphans, young = _delete_orphans(folder, orphan_age_s, {_shard(name) for name in dropped})
     again = _lost(before, read_table(folder, ENTRIES))
     return Repaired(
         problems=tuple(problems),
@@ -130,8 +130,11 @@ def _specifications(examination: Examination, feature: str) -> list[FeatureSpec]
     return [receipt.specification for receipt in receipts]
 
 
-def _delete_orphans(folder: Folder, age_s: float) -> tuple[list[str], list[Problem]]:
-    """Delete what nothing names and was last written ``age_s`` ago; the places that went, and those that stay."""
+def _delete_orphans(folder: Folder, age_s: float, dropped: Collection[str]) -> tuple[list[str], list[Problem]]:
+    """Delete what nothing names, if it is of a ``dropped`` shard or was last written ``age_s`` ago.
+
+    Gives the places that went, and those that stay.
+    """
     sizes, names = folder.files(), list_receipts(folder)
     receipts = [read_receipt(folder, name) for name in names]
     gone, young = [], []
@@ -139,10 +142,16 @@ def _delete_orphans(folder: Folder, age_s: float) -> tuple[list[str], list[Probl
         if kind != "orphan":
             continue
         files = [name for name in sizes if name == place or name.startswith(f"{place}/")]
-        if max(folder.modified(name) for name in files) > time.time() - age_s:
+        old = time.time() - age_s
+        if place.removesuffix(".h5") not in dropped and max(folder.modified(name) for name in files) > old:
             young.append(Problem(place, "orphan", f"{detail}; it is too young to be deleted", "delete"))
             continue
         for name in files:
             folder.delete(name)
         gone.append(place)
     return gone, young
+
+
+def _shard(receipt: str) -> str:
+    """The shard of a receipt: both by their places in the store."""
+    return receipt.removesuffix(".parquet").replace("receipts/", "features/", 1)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moclip import __version__
 from moclip.errors import FeatureError, StoreFormatError
 from moclip.store.copying import Block, RowSource, read_ahead
 from moclip.store.files import open_folder
@@ -99,7 +99,7 @@ class _Assembly:
         self._done = 0
 
     def write(self, report: Any) -> None:
-        self._file.attrs.update({"read_me": _READ_ME, "format": FORMAT, "moclip": version("moclip")})
+        self._file.attrs.update({"read_me": _READ_ME, "format": FORMAT, "moclip": __version__})
         entries = self._parts.entries
         for name, spec in self._parts.features.items():
             group = self._file.create_group(name)

@@ -5,7 +5,7 @@ Only a coordinator calls these; shard tasks write arrays and receipts alone.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import pyarrow as pa
 from moclip.errors import FeatureError, StoreFormatError
 from moclip.store.files import NO_FILE, Folder, check_name, open_folder
 from moclip.store.fold import Fold, fold
-from moclip.store.groups import GROUP, feature_json, feature_names, read_feature, read_mark, store_json
+from moclip.store.groups import GROUP, feature_files, feature_json, read_feature, read_mark, store_json
 from moclip.store.parquet import parquet_bytes, read_parquet
-from moclip.store.receipts import list_receipts
+from moclip.store.receipts import ReadReceipt, list_receipts
 from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, empty_entries, empty_labels, empty_videos
 
 VIDEOS, ENTRIES, LABELS, CATALOGUE = "videos.parquet", "entries.parquet", "labels.parquet", "catalogue.json"
@@ -31,22 +31,23 @@ def create_store(url: str | Path, container: str | None = None) -> None:
     store with the other container.
     """
     folder = open_folder(url)
-    if folder.exists("zarr.json"):
-        there = read_mark(folder)
-        if container not in (None, there):
-            raise StoreFormatError(f"{folder} keeps its rows as {there}, not as {container}; name another path")
-    elif is_foreign(url):
-        raise StoreFormatError(f"{folder} exists and is not a moclip store; name another path")
-    else:
+    if not folder.exists("zarr.json"):
+        if is_foreign(url):
+            raise StoreFormatError(f"{folder} exists and is not a moclip store; name another path")
         # First: whoever comes now, or after a kill here, completes the rest.
-        folder.write("zarr.json", store_json(container or "zarr"))
+        folder.create("zarr.json", store_json(container or "zarr"))
+    there = read_mark(folder)  # maybe of a run that began at the same time
+    if container not in (None, there):
+        raise StoreFormatError(f"{folder} keeps its rows as {there}, not as {container}; name another path")
+    names = folder.children()
     for name, empty in _EMPTY.items():
-        if not folder.exists(name):
-            folder.write(name, parquet_bytes(_with_classes(empty(), []) if name == LABELS else empty()))
+        if name not in names:
+            folder.create(name, parquet_bytes(_with_classes(empty(), []) if name == LABELS else empty()))
     if not folder.exists("features/zarr.json"):
-        folder.write("features/zarr.json", GROUP)
-    if not folder.exists(CATALOGUE):
-        _write_catalogue(folder, Fold(empty_videos(), empty_entries(), ()))
+        folder.create("features/zarr.json", GROUP)
+    if CATALOGUE not in names:
+        tables = {name: folder.read(name) for name in (VIDEOS, ENTRIES)}
+        folder.create(CATALOGUE, _catalogue(folder, tables, ()))
 
 
 def is_store(url: str | Path) -> bool:
@@ -111,9 +112,10 @@ def publish(url: str | Path) -> None:
     while True:
         names = list_receipts(folder)
         folded = fold(folder, names)
-        folder.write(VIDEOS, parquet_bytes(folded.videos))
-        folder.write(ENTRIES, parquet_bytes(folded.entries))
-        _write_catalogue(folder, folded)
+        tables = {VIDEOS: parquet_bytes(folded.videos), ENTRIES: parquet_bytes(folded.entries)}
+        for name, data in tables.items():
+            folder.write(name, data)
+        folder.write(CATALOGUE, _catalogue(folder, tables, folded.receipts))
         if list_receipts(folder) == names:
             return
 
@@ -141,24 +143,23 @@ def read_classes(folder: Folder) -> list[str]:
     return classes
 
 
-def _write_catalogue(folder: Folder, folded: Fold) -> None:
-    """List the tables, the specifications and the receipts that they hold, each with its size and checksum.
+def _catalogue(folder: Folder, tables: Mapping[str, bytes], receipts: Sequence[ReadReceipt]) -> bytes:
+    """Lists the tables, the specifications and the receipts that they hold, each with its size and checksum.
 
     Labels are not among them: they change without the rest, and their file carries its own checksum.
     """
-    features = [f"features/{name}/zarr.json" for name in feature_names(folder)]
-    names = ["zarr.json", "features/zarr.json", *features, VIDEOS, ENTRIES]
-    receipts = {
-        receipt.name: {"bytes": receipt.bytes, "sha256": receipt.sha256, "stored": receipt.stored}
-        for receipt in folded.receipts
-    }
+    groups = {name: folder.read(name) for name in ("zarr.json", "features/zarr.json")}
+    features = {f"features/{name}/zarr.json": data for name, data in feature_files(folder).items()}
     body = {
         "format": FORMAT,
-        "files": {name: _fingerprint(folder, name) for name in names},
-        "receipts": receipts,
-        "versions": _versions(folded),
+        "files": {name: _fingerprint(data) for name, data in {**groups, **features, **tables}.items()},
+        "receipts": {
+            receipt.name: {"bytes": receipt.bytes, "sha256": receipt.sha256, "stored": receipt.stored}
+            for receipt in receipts
+        },
+        "versions": _versions(receipts),
     }
-    folder.write(CATALOGUE, _catalogue_bytes(body))
+    return _catalogue_bytes(body)
 
 
 def _catalogue_bytes(body: dict[str, Any]) -> bytes:
@@ -166,10 +167,10 @@ def _catalogue_bytes(body: dict[str, Any]) -> bytes:
     return json.dumps({**body, "sha256": checksum}, indent=0, sort_keys=True).encode()
 
 
-def _versions(folded: Fold) -> dict[str, dict[str, list[str]]]:
+def _versions(receipts: Sequence[ReadReceipt]) -> dict[str, dict[str, list[str]]]:
     """Feature to library to the versions of it that made the feature's rows."""
     found: dict[str, dict[str, set[str]]] = {}
-    for receipt in folded.receipts:
+    for receipt in receipts:
         for library, version in receipt.versions.items():
             found.setdefault(receipt.feature, {}).setdefault(library, set()).add(version)
     return {feature: {name: sorted(them) for name, them in some.items()} for feature, some in found.items()}
@@ -188,6 +189,8 @@ def read_catalogue(folder: Folder) -> dict[str, Any]:
                 raise StoreFormatError("it lists a file without its size or its checksum")
         if not all(isinstance(about["stored"], int) for about in body["receipts"].values()):
             raise StoreFormatError("it lists a receipt without the size of its shard")
+        if not all(isinstance(some, dict) for some in (body["versions"], *body["versions"].values())):
+            raise StoreFormatError("it lists no versions")
         return body
     except (*NO_FILE, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreFormatError(
@@ -195,8 +198,7 @@ def read_catalogue(folder: Folder) -> dict[str, Any]:
         ) from error
 
 
-def _fingerprint(folder: Folder, name: str) -> dict[str, Any]:
-    data = folder.read(name)
+def _fingerprint(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -28,6 +29,11 @@ VALUE_STOP = "value_stop"
 BYTES_ARRAY = "bytes"
 
 
+#: An absolute path in quotes, as Python's own messages have it, and the folders of one without.
+_QUOTED_PATH = re.compile(r"""(['"])/(?:(?!\1).)*?([^/'"]+)\1""")
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+")
+
+
 class ShardWriter:
     """Collects one shard's videos, one after the other, and ends with a :class:`Receipt`.
 
@@ -44,7 +50,10 @@ class ShardWriter:
         self._feature = check_name(feature, "a feature")
         self._shard = check_name(shard, "a shard")
         self._name = f"features/{feature}/{shard}"
-        self._base = self._store.local or _temporary_folder(self)
+        local = self._store.local
+        self._base = local or Path(tempfile.mkdtemp(prefix="moclip-"))
+        # Called by hand, or when the writer is forgotten, or when the process ends; on a disk there is nothing to do.
+        self._discard = weakref.finalize(self, _discard, None if local else self._base)
         about = {"format": FORMAT, "feature": feature, "shard": shard, "specification": spec.to_json()}
         container = CONTAINERS[read_mark(self._store)]
         self._files = container.shard(self._base, self._name, json.dumps(about, sort_keys=True))
@@ -96,27 +105,30 @@ class ShardWriter:
 
     def fail(self, facts: SourceFacts, reason: str, detail: str) -> None:
         """Close the current video as failed; rows already appended stay in the array, named by nothing."""
-        self._close(facts, Entry("failed", reason, detail))
+        self._close(facts, Entry("failed", reason, without_folders(detail)))
 
     def finish(self, *, versions: Mapping[str, str] | None = None, written_at: int | None = None) -> Receipt:
         """Write what is pending, then the receipt, last.
 
         Whoever copies rows gives the ``versions`` that made them; ``written_at`` is now unless given.
         """
-        for arrays in self._arrays.values():
-            for array in arrays.values():
-                array.finish()
-        self._files.finish()
-        receipt = Receipt(
-            feature=self._feature,
-            shard=self._shard,
-            specification=self._spec,
-            written_at=time.time_ns() if written_at is None else written_at,
-            versions=library_versions() if versions is None else dict(versions),
-            files=self._stored(),
-            videos=tuple(self._videos),
-        )
-        write_receipt(self._store, receipt)
+        try:
+            for arrays in self._arrays.values():
+                for array in arrays.values():
+                    array.finish()
+            self._files.finish()
+            receipt = Receipt(
+                feature=self._feature,
+                shard=self._shard,
+                specification=self._spec,
+                written_at=time.time_ns() if written_at is None else written_at,
+                versions=library_versions() if versions is None else dict(versions),
+                files=self._stored(),
+                videos=tuple(self._videos),
+            )
+            write_receipt(self._store, receipt)
+        finally:
+            self._discard()
         return receipt
 
     def _columns(self, rows: int, columns: dict[str, npt.ArrayLike]) -> dict[str, npt.NDArray[Any]]:
@@ -162,11 +174,9 @@ class ShardWriter:
         return files
 
 
-def _temporary_folder(user: object) -> Path:
-    """A folder that goes when its user does, or the process ends."""
-    folder = tempfile.mkdtemp(prefix="moclip-")
-    weakref.finalize(user, shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+def _discard(folder: Path | None) -> None:
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _file_size(folder: LocalFolder, name: str) -> dict[str, int]:
@@ -192,6 +202,11 @@ class _OpenVideo:
         for column in sorted(self._hashes):
             whole.update(column.encode() + b"\0" + self._hashes[column].digest())
         return whole.digest()[:16]
+
+
+def without_folders(text: str) -> str:
+    """``text`` with absolute paths cut to their last part: a store does not tell of the machine that made it."""
+    return _FOLDERS.sub("", _QUOTED_PATH.sub(r"\1\2\1", text))
 
 
 def array_name(row_shape: tuple[int, ...]) -> str:

@@ -43,9 +43,14 @@ def container(request):
 
 
 @pytest.fixture(params=["disk", "s3"])
-def new_root(request, container, tmp_path):
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def new_root(request, backend, container, tmp_path):
     """Makes empty stores with the feature `motion`, on each backend, and gives their addresses."""
-    base = str(tmp_path) if request.param == "disk" else request.getfixturevalue("bucket")
+    base = str(tmp_path) if backend == "disk" else request.getfixturevalue("bucket")
     made = itertools.count()
 
     def new():

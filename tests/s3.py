@@ -25,10 +25,10 @@ from typing import Literal, get_args
 
 import pytest
 
-#: "500", "503": an error in place of the request. "hang": no answer, until the client gives up. "cut_request": half of
+#: "403", "500", "503": an error in place of the request. "hang": no answer, until the client gives up. "cut_request": half of
 #: the upload is read, the connection closes, and nothing is stored. "cut_response": done, but half of the answer's body
 #: is sent, or, where it has none, half of its first line. "stored_then_500": done, but the client is told it failed.
-Fault = Literal["500", "503", "hang", "cut_request", "cut_response", "stored_then_500"]
+Fault = Literal["403", "500", "503", "hang", "cut_request", "cut_response", "stored_then_500"]
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "te", "upgrade"}
 
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         upload = self._read_body()
         if fault == "hang":
             return None, b""
-        if fault in ("500", "503"):
+        if fault in ("403", "500", "503"):
             return self._error(int(fault))
         status, headers, body = self._ask_backend(upload)
         if fault == "stored_then_500":
@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         return response.status, kept, answer
 
     def _error(self, status: int) -> tuple[int, bytes]:
-        code = {500: "InternalError", 503: "SlowDown"}[status]
+        code = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}[status]
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}, as told</Message></Error>".encode()
         head = self._head(status, {"content-type": "application/xml", "content-length": str(len(body))})
         return status, head if self.command == "HEAD" else head + body
@@ -221,14 +221,28 @@ def ask(backend: tuple[str, int], method: str, path: str) -> None:
 @pytest.fixture(scope="session")
 def s3_server():
     pytest.importorskip("moto.server")
+    forget_clients()
     with moto() as backend, closing(FaultyS3(backend)) as server:
         yield server
+    forget_clients()
+
+
+def forget_clients() -> None:
+    """Let s3fs make a client anew: it keeps one, with its credentials and how many retries it may still make."""
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+
+
+def set_variables(variables: dict[str, str]) -> None:
+    """For processes of a fork server, which has the environment of the test that it was started in."""
+    os.environ.update(variables)
 
 
 @pytest.fixture
 def s3(s3_server, monkeypatch):
-    """The server, empty and without faults, set as S3 for this process and its children by the usual variables."""
-    s3fs = pytest.importorskip("s3fs")
+    """The server, empty and without faults, set as S3 for this process and its children by the usual variables.
+
+    The client is kept from test to test, since it takes half a second to make.
+    """
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     variables = {
@@ -240,12 +254,13 @@ def s3(s3_server, monkeypatch):
         "AWS_CONFIG_FILE": os.devnull,  # nobody's own accounts
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "NO_PROXY": "127.0.0.1",
+        # tensorstore reads these at its first request and never again.
+        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "3",
+        "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
     yield s3_server
-    s3fs.S3FileSystem.clear_instance_cache()
     s3_server.clear()
     ask(s3_server.backend, "POST", "/moto-api/reset")
 

@@ -1,6 +1,7 @@
 """What a store promises, on every backend: both containers, on a disk and in a bucket."""
 
 import multiprocessing
+import os
 import pickle
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -9,8 +10,9 @@ from operator import methodcaller
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3 import set_variables
 from shards import SPEC, rows_of, write_shard
 
 from moclip.errors import FeatureError
@@ -27,6 +29,11 @@ from moclip.store import (
     write_labels,
 )
 
+#: How many frames each video has, and its grid.
+LENGTHS = st.lists(
+    st.tuples(st.integers(1, 40), st.sampled_from([(3, 4), (2, 2), (30, 40)])), min_size=1, max_size=8
+)
+
 
 class TestContract:
     """Each test runs on each backend; ``root`` is the address of an empty store with the feature `motion`."""
@@ -35,10 +42,12 @@ class TestContract:
     def root(self, new_root):
         return new_root()
 
-    @given(st.lists(st.tuples(st.integers(1, 40), st.sampled_from([(3, 4), (2, 2), (30, 40)])), min_size=1, max_size=8))
-    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    def test_gather_gives_the_rows_that_were_written(self, new_root, lengths):
-        root = new_root()
+    def test_gather_gives_the_rows_that_were_written(self, new_root, backend):
+        # A bucket takes 50 requests an example.
+        examples = settings(max_examples=12 if backend == "disk" else 4, deadline=None)
+        examples(given(LENGTHS)(lambda lengths: self.check_gather(new_root(), lengths)))()
+
+    def check_gather(self, root, lengths):
         written = {f"v{i}": rows_of(i, frames, grid) for i, (frames, grid) in enumerate(lengths)}
         for i, (video_id, rows) in enumerate(written.items()):
             write_shard(root, f"shard{i // 3}-{i}", {video_id: rows})
@@ -182,7 +191,7 @@ class TestContract:
         write_shard(root, "s", {"a": rows_of(0, 3)})
         publish(root)
         context = multiprocessing.get_context(method)
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, context, set_variables, (dict(os.environ),)) as pool:
             np.testing.assert_array_equal(
                 pool.submit(methodcaller("read", "motion", "a"), open_store(root)).result(60), rows_of(0, 3)
             )

@@ -42,10 +42,10 @@ def shown(names: Any, most: int = 3) -> str:
 
 
 def count(n: int, what: str) -> str:
-    """``1 video``, ``2 videos``; of words that end in y, ``entries``."""
+    """``1 video``, ``2 videos``; ``2 entries``."""
     if n == 1:
         return f"1 {what}"
-    return f"{n} {what[:-1]}ies" if what.endswith("ry") else f"{n} {what}s"
+    return f"{n} {what[:-1]}ies" if what.endswith("y") else f"{n} {what}s"
 
 
 def size(n: float) -> str:
@@ -59,7 +59,10 @@ def size(n: float) -> str:
 
 @contextmanager
 def progress(what: str, total: int | None, said: str) -> Iterator[Callable[..., None]]:
-    """A bar on the error stream. ``said`` is the text beside it, with places for what each update gives."""
+    """A bar on the error stream. ``said`` is the text beside it, with places for what each update gives.
+
+    The bar's function takes how much is done, of how much (if that was not known before), and those values.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -67,8 +70,7 @@ def progress(what: str, total: int | None, said: str) -> Iterator[Callable[..., 
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         line = bar.add_task("starting", total=total)
 
-        def advance(done: float, **values: Any) -> None:
-            seconds = bar.tasks[line].elapsed or 1.0
-            bar.update(line, completed=done, description=said.format(done=done, total=total, seconds=seconds, **values))
+        def advance(done: float, total: float | None = total, **values: Any) -> None:
+            bar.update(line, completed=done, total=total, description=said.format(done=done, total=total, **values))
 
         yield advance

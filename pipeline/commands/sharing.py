@@ -1,125 +1,164 @@
-"""Commands about whole stores: info, diff, verify, export, merge, remove."""
+"""Commands that copy stores and shrink them: export, merge, remove."""
 
-import json
-from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moclip.pipeline.commands.console import STORE, count, one_line, progress, say, shown, size
+from moclip.pipeline.commands.console import EXISTING, STORE, count, progress, shown
 
 if TYPE_CHECKING:
-    from moclip.store import FeatureComparison, FeatureInfo, StoreInfo
+    from moclip.store import Copied, Removal
 
 
 @click.command()
 @click.argument("store", type=STORE)
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-def info(store: str, as_json: bool) -> None:
-    """Show what a store holds, and what failed.
+@click.argument("out", type=STORE)
+@click.option("--feature", "features", multiple=True, metavar="F", help="Only this feature; repeat for several.")
+@click.option("--split", metavar="NAME", help="Only videos of this split.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(["train", "val", "test"]),
+    help="Only this part of the split; repeat for several.  [default: all of them]",
+)
+@click.option("--label", "labels", multiple=True, metavar="L", help="Only videos of this class; repeat for several.")
+@click.option("--ids", type=EXISTING, help="A text file with the ids of the videos, one a line.")
+@click.option(
+    "--format",
+    "container",
+    type=click.Choice(["zarr", "hdf5"]),
+    help="How the new store keeps its rows.  [default: as STORE does]",
+)
+def export(store: str, out: str, features: tuple[str, ...], ids: Path | None, **options: Any) -> None:
+    """Copy a part of a store into a store of its own, or into one HDF5 file.
+
+    What is given narrows down: --feature, --split, --label and --ids together mean the videos that fit all of them.
+    Labels, splits, what is known of the videos' files and failed entries come too. Every video's rows are checked.
+
+    OUT is a folder or an address (s3://bucket/name). If it ends in .h5, it is one file on this disk that h5py alone
+    reads; its attribute read_me says how. The same command goes on where it was interrupted.
 
     \b
     Example:
-      moclip info corpus.zarr
+      moclip export corpus.zarr part.zarr --feature motion --split 1 --part train
+      moclip export corpus.zarr s3://bucket/corpus.zarr
+      moclip export corpus.zarr runners.h5 --label running --label walking
     """
-    from moclip.store import describe, failed_entries, open_store
+    from moclip.store import Selection, describe, export_hdf5_file, export_store, open_store
 
-    opened = open_store(store)
-    found = describe(opened)
-    if as_json:
-        click.echo(json.dumps({**found.to_json(), "failed_entries": failed_entries(opened)}, indent=1))
-        return
-    _print_info(found)
-    _print_failed(failed_entries(opened))
-
-
-def _print_info(found: "StoreInfo") -> None:
-    videos = f"{count(found.videos, 'video')}, {found.hours:.2f} hours, {count(found.frames, 'frame')}"
-    say(f"{found.url} ({found.container}): {videos}, {size(found.video_bytes)} of video")
-    if found.corrupt_frames:
-        say(f"  {count(found.corrupt_frames, 'corrupt frame')} (concealed or refused by the decoder)")
-    if found.unpublished:
-        say(f"  not in the tables: {count(found.unpublished, 'finished shard')}; the next `moclip extract` adds them")
-    for feature in found.features:
-        _print_feature(feature)
-    if found.labels:
-        say(f"{count(len(found.labels), 'label')}, {count(sum(found.labels.values()), 'labelled video')}")
-    for name, parts in found.splits.items():
-        say(f"split {name}: " + ", ".join(f"{n} {part}" for part, n in parts.items()))
-
-
-def _print_feature(feature: "FeatureInfo") -> None:
-    spec = feature.specification
-    say(f"{feature.name}  {spec.dtype}, {spec.unit}, digest {feature.digest}")
-    a_frame = f", {feature.bytes / feature.rows:.0f} bytes a frame" if feature.rows else ""
-    say(f"  {count(feature.ok, 'video')}, {count(feature.rows, 'frame')}, {size(feature.bytes)}{a_frame}")
-    for line in (_words(spec.parameters), "made with " + _words(feature.versions)):
-        say(f"  {line}")
-    for reason, n in feature.failures.items():
-        say(f"  failed: {n} {reason}")
-
-
-def _words(parameters: Mapping[str, Any]) -> str:
-    """``name value, …``, with what is nested in brackets."""
-    shown: list[str] = []
-    for name, value in parameters.items():
-        if isinstance(value, Mapping):
-            value = f"({_words(value)})"
-        if isinstance(value, list):
-            value = " and ".join(str(item) for item in value)
-        shown += [f"{name} {value}"] if value is not None else []
-    return ", ".join(shown)
-
-
-def _print_failed(entries: list[dict[str, Any]], most: int = 20) -> None:
-    """A line a video and reason, whatever the number of features that it failed for."""
-    features: dict[tuple[str, str, str], list[str]] = {}
-    for entry in entries:
-        features.setdefault((entry["id"], entry["reason"], entry["detail"] or ""), []).append(entry["feature"])
-    for (video, reason, detail), names in list(features.items())[:most]:
-        say(f"  {shown([video])} {', '.join(names)}: {reason}: {one_line(detail)[:120]}")
-    if len(features) > most:
-        click.echo(f"  … {len(features) - most} more: moclip info --json")
+    container = options.pop("container")
+    single = out.endswith(".h5")
+    if options["parts"] and options["split"] is None:
+        raise click.UsageError("--part is a part of a split: give --split NAME too.")
+    if single and container == "zarr":
+        raise click.UsageError("an OUT that ends in .h5 is one HDF5 file; leave --format away, or name a folder.")
+    selection = Selection(features=features, ids=None if ids is None else _read_ids(ids), **options)
+    _note_unpublished(describe(open_store(store)).unpublished, store)
+    with progress("export", None, "{done}/{total} entries") as report:
+        if single:
+            copied = export_hdf5_file(store, out, selection, report)
+        else:
+            copied = export_store(store, out, selection, container, report)
+    click.echo(_summary(copied, out))
 
 
 @click.command()
-@click.argument("a", type=STORE)
-@click.argument("b", type=STORE)
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-def diff(a: str, b: str, as_json: bool) -> None:
-    """Do features made elsewhere match mine? Compares two stores' specifications and rows.
+@click.argument("stores", nargs=-1, required=True, metavar="STORE STORE...")
+@click.argument("out", type=STORE)
+@click.option(
+    "--format",
+    "container",
+    type=click.Choice(["zarr", "hdf5"]),
+    help="How the new store keeps its rows.  [default: as the first one does]",
+)
+def merge(stores: tuple[str, ...], out: str, container: str | None) -> None:
+    """Copy what several stores hold into one new store.
 
-    Rows match when they are equal bit for bit; embeddings also when their cosines are at least 0.99999, which is
-    what the same frame gives in another batch. The exit code is 0 where everything matches, else 1.
+    An ok entry beats a failed one. Where the stores contradict each other (one feature name with two specifications,
+    one id with two files, other rows of the same file, other labels) nothing is made, and a line says what differs.
+    The same command goes on where it was interrupted.
 
     \b
     Example:
-      moclip diff mine.zarr theirs.zarr
+      moclip merge monday.zarr tuesday.zarr s3://bucket/wednesday.zarr week.zarr
     """
-    from moclip.store import compare, differences, open_store
+    from moclip.store import describe, merge_stores, open_store
 
-    stores = open_store(a), open_store(b)
-    with progress("diff", None, "{done} videos") as advance:
-        found = compare(*stores, advance)
-    if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1))
-    else:
-        for feature in found.features:
-            _print_comparison(feature)
-        lines = list(differences(found))
-        for line in lines:
-            say(f"  {line}")
-        values = bool(found.features) and all(feature.values_match for feature in found.features)
-        verdict = "MATCH" if found.matches else "NO MATCH, but the rows that both have do" if values else "NO MATCH"
-        say(f"{verdict}: {found.a} and {found.b}, {count(len(found.features), 'feature')} in both")
-    if not found.matches:
-        raise SystemExit(1)
+    if len(stores) < 2:
+        raise click.UsageError("name two stores or more, and then the new one.")
+    for store in stores:
+        _note_unpublished(describe(open_store(store)).unpublished, store)
+    with progress("merge", None, "{done}/{total} entries") as report:
+        copied = merge_stores(stores, out, container, report)
+    click.echo(_summary(copied, out))
 
 
-def _print_comparison(feature: "FeatureComparison") -> None:
-    said = f"{feature.feature}: {count(feature.common, 'video')} in both, {feature.equal} equal bit for bit"
-    if feature.rows is not None:
-        rows = feature.rows
-        said += f"; the rest: at most {rows.max_abs:.6g} apart, {rows.mean_abs:.4g} in the mean, "
-        said += f"cosine {rows.min_cosine:.6f} or more, {rows.mean_cosine:.6f} in the mean"
-    say(said)
+@click.command()
+@click.argument("store", type=STORE)
+@click.option(
+    "--ids",
+    required=True,
+    type=EXISTING,
+    help="A text file with the ids of the videos, one a line.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove(store: str, ids: Path, yes: bool) -> None:
+    """Take videos out of a store for good: rows, facts, labels, and what killed runs left of them.
+
+    The shards that hold them are written anew without them; all other videos stay as they are, and can be read all
+    the time. Let no extraction, export or merge write into STORE meanwhile: unfinished files are deleted too.
+    The same command completes what was interrupted.
+
+    \b
+    Example:
+      moclip remove corpus.zarr --ids takedown.txt
+    """
+    from moclip.store import plan_removal, remove_videos
+
+    asked = _read_ids(ids)
+    plan = plan_removal(store, asked)
+    _print_plan(plan)
+    if not yes:
+        click.confirm("This cannot be undone. Remove them?", abort=True, err=True)
+    with progress("remove", None, "{done}/{total} shards") as report:
+        done = remove_videos(store, asked, report)
+    click.echo(
+        f"{count(len(done.ids), 'video')} removed, {count(len(done.receipts), 'shard')} written anew: {done.url}"
+    )
+
+
+def _print_plan(plan: "Removal") -> None:
+    click.echo(f"to remove from {plan.url}: {count(len(plan.ids), 'video')} ({shown(plan.ids)})")
+    click.echo(
+        f"  {count(plan.entries, 'entry')} in {count(len(plan.receipts), 'shard')}, to be written anew without them"
+    )
+    if plan.unfinished:
+        click.echo(
+            f"  {count(len(plan.unfinished), 'file')} of unfinished runs, to be deleted: let none be running now"
+        )
+    if plan.absent:
+        click.echo(f"  not in the store: {len(plan.absent)} ({shown(plan.absent)})")
+
+
+def _summary(copied: "Copied", out: str) -> str:
+    before = f", {copied.kept} were there before" if copied.kept else ""
+    failed = f", {copied.failed} of them failed ones" if copied.failed else ""
+    entries = copied.entries + copied.kept
+    what = f"{count(copied.videos, 'video')}, {', '.join(copied.features)}"
+    return f"{what}: {count(entries, 'entry')}{failed}{before}; now in {out}"
+
+
+def _note_unpublished(unpublished: int, store: str) -> None:
+    if unpublished:
+        click.echo(
+            f"{store}: {count(unpublished, 'finished shard')} not in the tables and left out; "
+            "the next `moclip extract` adds them",
+            err=True,
+        )
+
+
+def _read_ids(path: Path) -> tuple[str, ...]:
+    """The lines of a text file; empty ones do not count."""
+    return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())

@@ -247,7 +247,7 @@ def _split_with_pooled(split: Split, motion: Store) -> Split:
     test, missing = _with_pooled(split.test, split.missing, motion)
     if not len(test) or len(set(train.targets.tolist())) < len(split.classes):
         raise RunError(
-            f"the motion run {motion.path.parent} has no features of this split's test clips, "
+            f"the motion run {Path(motion.url).parent} has no features of this split's test clips, "
             "or of all training clips of a class; train it again"
         )
     return Split(split.name, split.classes, train, val, test, missing, split.digest)

@@ -1,0 +1,125 @@
+"""Commands that look at whole stores: info, diff, verify."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moclip.pipeline.commands.console import STORE, count, one_line, progress, say, shown, size
+
+if TYPE_CHECKING:
+    from moclip.store import FeatureComparison, FeatureInfo, StoreInfo
+
+
+@click.command()
+@click.argument("store", type=STORE)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def info(store: str, as_json: bool) -> None:
+    """Show what a store holds, and what failed.
+
+    \b
+    Example:
+      moclip info corpus.zarr
+    """
+    from moclip.store import describe, failed_entries, open_store
+
+    opened = open_store(store)
+    found = describe(opened)
+    if as_json:
+        click.echo(json.dumps({**found.to_json(), "failed_entries": failed_entries(opened)}, indent=1))
+        return
+    _print_info(found)
+    _print_failed(failed_entries(opened))
+
+
+def _print_info(found: "StoreInfo") -> None:
+    videos = f"{count(found.videos, 'video')}, {found.hours:.2f} hours, {count(found.frames, 'frame')}"
+    say(f"{found.url} ({found.container}): {videos}, {size(found.video_bytes)} of video")
+    if found.corrupt_frames:
+        say(f"  {count(found.corrupt_frames, 'corrupt frame')} (concealed or refused by the decoder)")
+    if found.unpublished:
+        say(f"  not in the tables: {count(found.unpublished, 'finished shard')}; the next `moclip extract` adds them")
+    for feature in found.features:
+        _print_feature(feature)
+    if found.labels:
+        say(f"{count(len(found.labels), 'label')}, {count(sum(found.labels.values()), 'labelled video')}")
+    for name, parts in found.splits.items():
+        say(f"split {name}: " + ", ".join(f"{n} {part}" for part, n in parts.items()))
+
+
+def _print_feature(feature: "FeatureInfo") -> None:
+    spec = feature.specification
+    say(f"{feature.name}  {spec.dtype}, {spec.unit}, digest {feature.digest}")
+    a_frame = f", {feature.bytes / feature.rows:.0f} bytes a frame" if feature.rows else ""
+    say(f"  {count(feature.ok, 'video')}, {count(feature.rows, 'frame')}, {size(feature.bytes)}{a_frame}")
+    for line in (_words(spec.parameters), "made with " + _words(feature.versions)):
+        say(f"  {line}")
+    for reason, n in feature.failures.items():
+        say(f"  failed: {n} {reason}")
+
+
+def _words(parameters: Mapping[str, Any]) -> str:
+    """``name value, …``, with what is nested in brackets."""
+    shown: list[str] = []
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            value = f"({_words(value)})"
+        if isinstance(value, list):
+            value = " and ".join(str(item) for item in value)
+        shown += [f"{name} {value}"] if value is not None else []
+    return ", ".join(shown)
+
+
+def _print_failed(entries: list[dict[str, Any]], most: int = 20) -> None:
+    """A line a video and reason, whatever the number of features that it failed for."""
+    features: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        features.setdefault((entry["id"], entry["reason"], entry["detail"] or ""), []).append(entry["feature"])
+    for (video, reason, detail), names in list(features.items())[:most]:
+        say(f"  {shown([video])} {', '.join(names)}: {reason}: {one_line(detail)[:120]}")
+    if len(features) > most:
+        click.echo(f"  … {len(features) - most} more: moclip info --json")
+
+
+@click.command()
+@click.argument("a", type=STORE)
+@click.argument("b", type=STORE)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def diff(a: str, b: str, as_json: bool) -> None:
+    """Do features made elsewhere match mine? Compares two stores' specifications and rows.
+
+    Rows match when they are equal bit for bit; embeddings also when their cosines are at least 0.99999, which is
+    what the same frame gives in another batch. The exit code is 0 where everything matches, else 1.
+
+    \b
+    Example:
+      moclip diff mine.zarr theirs.zarr
+    """
+    from moclip.store import compare, differences, open_store
+
+    stores = open_store(a), open_store(b)
+    with progress("diff", None, "{done} videos") as advance:
+        found = compare(*stores, advance)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        for feature in found.features:
+            _print_comparison(feature)
+        lines = list(differences(found))
+        for line in lines:
+            say(f"  {line}")
+        values = bool(found.features) and all(feature.values_match for feature in found.features)
+        verdict = "MATCH" if found.matches else "NO MATCH, but the rows that both have do" if values else "NO MATCH"
+        say(f"{verdict}: {found.a} and {found.b}, {count(len(found.features), 'feature')} in both")
+    if not found.matches:
+        raise SystemExit(1)
+
+
+def _print_comparison(feature: "FeatureComparison") -> None:
+    said = f"{feature.feature}: {count(feature.common, 'video')} in both, {feature.equal} equal bit for bit"
+    if feature.rows is not None:
+        rows = feature.rows
+        said += f"; the rest: at most {rows.max_abs:.6g} apart, {rows.mean_abs:.4g} in the mean, "
+        said += f"cosine {rows.min_cosine:.6f} or more, {rows.mean_cosine:.6f} in the mean"
+    say(said)
