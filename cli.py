@@ -71,6 +71,7 @@ for command in (
     extracting.label,
     looking.info,
     looking.diff,
+    looking.verify,
     sharing.export,
     sharing.merge,
     sharing.remove,

@@ -16,10 +16,10 @@ from moclip.store.sharing import export_store, merge_stores
 from moclip.store.single_file import export_hdf5_file
 from moclip.store.tables import (
     add_feature,
+    check_place,
     create_store,
     fold_store,
     is_added,
-    is_foreign,
     is_store,
     publish,
     write_labels,
@@ -50,6 +50,7 @@ __all__ = [
     "StoreInfo",
     "Verified",
     "add_feature",
+    "check_place",
     "compare",
     "create_store",
     "describe",
@@ -61,7 +62,6 @@ __all__ = [
     "first_difference",
     "fold_store",
     "is_added",
-    "is_foreign",
     "is_store",
     "limit_threads",
     "list_receipts",

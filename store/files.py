@@ -212,7 +212,7 @@ def checked(name: str) -> str:
     return name
 
 
-def write_atomic(path: Path, data: bytes, into_place: Callable[[Path, Path], object] = os.replace) -> None:
+def write_atomic(path: Path, data: bytes, into_place: Callable[[Path, Path], object] | None = None) -> None:
     """Write ``data`` under a temporary name, flush it to the disk, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -221,7 +221,7 @@ def write_atomic(path: Path, data: bytes, into_place: Callable[[Path, Path], obj
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        into_place(temporary, path)
+        (into_place or os.replace)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -43,7 +43,9 @@ def read_parquet(
         _check(data, stated)
         if file.metadata.num_rows > _MOST_ROWS_A_BYTE * len(data):
             raise StoreFormatError(f"{len(data)} bytes cannot hold its {file.metadata.num_rows} rows")
-        return file.read(columns if columns is None else list(columns)), stated.decode()
+        table = file.read(columns if columns is None else list(columns))
+        table.validate(full=True)  # text may be no text: Parquet files hold any bytes there
+        return table, stated.decode()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise StoreFormatError(f"it is not a whole Parquet file: {error}") from error
 

@@ -105,6 +105,9 @@ class FeatureSpec:
         for dtype in (self.dtype, *self.columns.values()):
             if dtype not in _DTYPES:
                 raise StoreFormatError(f"dtype {dtype!r} of feature kind {self.kind!r} is not a plain number")
+        for name in self.columns:
+            if not name.isidentifier():
+                raise StoreFormatError(f"column {name!r} of feature kind {self.kind!r} is not a plain name")
         if self.ragged and self.dtype != "uint8":
             raise StoreFormatError(f"rows of bytes have dtype uint8, not {self.dtype}, in feature kind {self.kind!r}")
 

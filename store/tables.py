@@ -31,14 +31,10 @@ def create_store(url: str | Path, container: str | None = None) -> None:
     store with the other container.
     """
     folder = open_folder(url)
-    if not folder.exists("zarr.json"):
-        if is_foreign(url):
-            raise StoreFormatError(f"{folder} exists and is not a moclip store; name another path")
+    if not check_place(url, container):
         # First: whoever comes now, or after a kill here, completes the rest.
         folder.create("zarr.json", store_json(container or "zarr"))
-    there = read_mark(folder)  # maybe of a run that began at the same time
-    if container not in (None, there):
-        raise StoreFormatError(f"{folder} keeps its rows as {there}, not as {container}; name another path")
+        check_place(url, container)  # a run that began at the same time may have made it the other way
     names = folder.children()
     for name, empty in _EMPTY.items():
         if name not in names:
@@ -55,13 +51,22 @@ def is_store(url: str | Path) -> bool:
     return open_folder(url).exists("zarr.json")
 
 
-def is_foreign(url: str | Path) -> bool:
-    """Whether something else than a store, or the beginning of one, is at ``url``."""
+def check_place(url: str | Path, container: str | None = None) -> bool:
+    """Whether a store is at ``url``; where there is none, one can be made there.
+
+    :class:`StoreFormatError` if something else is there, or a store with the other container than ``container``.
+    """
     folder = open_folder(url)
-    if folder.local is not None and folder.local.exists() and not folder.local.is_dir():
+    if folder.exists("zarr.json"):
+        there = read_mark(folder)
+        if container not in (None, there):
+            raise StoreFormatError(f"{folder} keeps its rows as {there}, not as {container}; name another path")
         return True
     # Hidden names are unfinished writes, of a run that began at the same time or was killed.
-    return bool(folder.children()) and not folder.exists("zarr.json")
+    is_file = folder.local is not None and folder.local.is_file()
+    if is_file or folder.children():
+        raise StoreFormatError(f"{folder} exists and is not a moclip store; name another path")
+    return False
 
 
 def add_feature(url: str | Path, name: str, spec: FeatureSpec) -> None:

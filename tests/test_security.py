@@ -339,6 +339,21 @@ class TestTables:
         assert open_store(root).labels["id"].to_pylist() == ["a"]
         assert not (root / "ran").exists()
 
+    def test_text_that_is_no_text_is_refused(self, root):
+        table = pa.table({"id": pa.array([b"\xff\xfe"], pa.binary()), "label": ["x"], "group": ["g"]})
+        data = pa.Array.from_buffers(pa.string(), 1, table["id"].chunk(0).buffers())
+        self.write(root / "labels.parquet", table.set_column(0, "id", data))
+        with pytest.raises(StoreFormatError, match="UTF"):
+            _ = open_store(root).labels
+
+    @pytest.mark.parametrize("column", ["../../x", "", "/etc/passwd", "a\0b", "..", "\ud800", "x y"])
+    def test_columns_of_a_specification_are_plain_names(self, root, column):
+        about = json.loads((root / "features/motion/zarr.json").read_text())
+        about["attributes"]["moclip"]["specification"]["columns"][column] = "float64"
+        (root / "features/motion/zarr.json").write_text(json.dumps(about))
+        with pytest.raises(StoreFormatError, match="plain name"):
+            _ = open_store(root).features
+
     @pytest.mark.parametrize("name", ["id", "label", "split_1"])
     @pytest.mark.parametrize("column", [[1], [[1]], [{"a": 1}], [b"a"]])
     def test_columns_of_other_types_are_refused(self, root, name, column):

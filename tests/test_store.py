@@ -5,22 +5,29 @@ import shutil
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zarr
 from shards import SPEC, rewrite_table, rows_of, write_shard
 
 from moclip.errors import StoreFormatError, StoreNotFoundError
 from moclip.store import (
+    FeatureSpec,
+    ShardWriter,
+    SourceFacts,
     add_feature,
+    compare,
     create_store,
     describe,
     first_difference,
     open_store,
+    parquet_bytes,
     publish,
     write_atomic,
     zarr_arrays,
 )
 from moclip.store.files import LocalFolder
+from moclip.store.parquet import read_parquet
 
 
 @pytest.fixture
@@ -61,11 +68,65 @@ def test_first_difference(root, tmp_path):
 
     write_shard(root, "s", {"a": rows_of(0, 3), "b": rows_of(1, 3)})
     write_shard(other, "t1", {"b": rows_of(1, 3)})
-    assert "motion of 'a' is only in" in difference()
+    assert "motion: entries only in" in difference()
     write_shard(other, "t2", {"a": rows_of(0, 3)})
     assert difference() is None
     write_shard(other, "t3", {"a": rows_of(2, 3)})
-    assert "motion of 'a' has other rows" in difference()
+    assert "motion: videos with other values: 1 of 2" in difference()
+    write_shard(other, "t4", {"a": rows_of(2, 4)})
+    assert "rows of another number, shape or length: 1" in difference()
+
+
+def test_a_comparison_says_how_far_rows_are_apart(root, tmp_path):
+    other = tmp_path / "other.zarr"
+    shutil.copytree(root, other)
+    rows = rows_of(0, 40)
+    apart = rows.copy()
+    apart[7] += 3
+    write_shard(root, "s", {"a": rows, "b": rows})
+    write_shard(other, "t", {"a": apart, "b": rows}, failed=["c"])
+    publish(root)
+    publish(other)
+    found = compare(open_store(root), open_store(other))
+    (motion,) = found.features
+    x, y = rows.astype(float), apart.astype(float)
+    cosine = (x[7] * y[7]).sum() / np.linalg.norm(x[7]) / np.linalg.norm(y[7])
+    assert (motion.common, motion.equal, motion.only_a, motion.only_b) == (2, 1, 0, 1)
+    assert motion.rows.max_abs == 3
+    assert motion.rows.mean_abs == pytest.approx(3 / 40)
+    assert motion.rows.min_cosine == pytest.approx(cosine)
+    assert motion.rows.mean_cosine == pytest.approx((39 + cosine) / 40)
+    assert motion.rows.worst == "a"
+    assert not motion.values_match
+    assert not found.matches
+
+
+def test_embeddings_match_within_rounding(tmp_path):
+    spec = FeatureSpec("embedding", "float16", "1", {}, {}, ("channel",))
+    rows = np.random.default_rng(0).normal(0, 1, (3, 512)).astype(np.float16)
+    for name, factor in (("a", 1.0), ("b", 1.001), ("c", np.linspace(0.8, 1.2, 512))):
+        create_store(tmp_path / name)
+        add_feature(tmp_path / name, "embedding-x", spec)
+        writer = ShardWriter(tmp_path / name, feature="embedding-x", spec=spec, shard="s")
+        writer.append((rows * factor).astype(np.float16))
+        writer.ok(SourceFacts("v"))
+        writer.finish()
+        publish(tmp_path / name)
+    a, b, c = (open_store(tmp_path / name) for name in "abc")
+    assert compare(a, b).matches
+    assert first_difference(a, b) is None
+    assert not compare(a, c).matches
+
+
+def test_a_table_that_holds_the_checksum_s_own_words_is_read_back():
+    table = pa.table({"moclip.sha256": ["0" * 64, "moclip.sha256" + "0" * 64]})
+    data = parquet_bytes(table)
+    assert read_parquet(data)[0].equals(table)
+    for position in range(len(data)):
+        bad = bytearray(data)
+        bad[position] ^= 0x10
+        with pytest.raises(StoreFormatError):
+            read_parquet(bytes(bad))
 
 
 def test_any_flipped_byte_of_a_chunk_is_an_error(root):
@@ -179,9 +240,9 @@ def test_rows_of_another_specification_do_not_count(root):
 
 @pytest.mark.parametrize("files", range(6))
 def test_a_store_whose_making_was_cut_short_is_completed(tmp_path, monkeypatch, files):
-    real, written = LocalFolder.write, []
+    real, written = LocalFolder.create, []
 
-    def write(self, name, data):
+    def create(self, name, data):
         if len(written) == files:
             (root / ".half.tmp").write_bytes(b"")
             raise KeyboardInterrupt
@@ -190,10 +251,10 @@ def test_a_store_whose_making_was_cut_short_is_completed(tmp_path, monkeypatch, 
 
     root = tmp_path / "store.zarr"
     root.mkdir()
-    monkeypatch.setattr(LocalFolder, "write", write)
+    monkeypatch.setattr(LocalFolder, "create", create)
     with pytest.raises(KeyboardInterrupt):
         create_store(root)
-    monkeypatch.setattr(LocalFolder, "write", real)
+    monkeypatch.setattr(LocalFolder, "create", real)
     create_store(root)
     assert len(open_store(root).entries) == 0
 

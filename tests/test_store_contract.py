@@ -30,9 +30,7 @@ from moclip.store import (
 )
 
 #: How many frames each video has, and its grid.
-LENGTHS = st.lists(
-    st.tuples(st.integers(1, 40), st.sampled_from([(3, 4), (2, 2), (30, 40)])), min_size=1, max_size=8
-)
+LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([(3, 4), (2, 2), (30, 40)])), min_size=1, max_size=8)
 
 
 class TestContract:

@@ -86,13 +86,9 @@ def flip(folder, name, at=None):
 def test_a_whole_store_has_no_problems_and_is_read_whole(root):
     steps = []
     assert verify(root, steps.append) == []
-    receipts_and_shards = {
-        name: size
-        for name, size in open_folder(root).files().items()
-        if name.count("/") > 1 and name[-9:] != "zarr.json"
-    }
-    assert steps[-1].files >= len(receipts_and_shards)
-    assert steps[-1].bytes >= sum(receipts_and_shards.values())
+    files = open_folder(root).files()
+    assert steps[-1].all_files == len(files) > steps[-1].files > len(files) - 12
+    assert steps[-1].all_bytes == sum(files.values()) > steps[-1].bytes > 0
     before = open_folder(root).files()
     repaired = repair(root)
     assert (repaired.problems, repaired.again, repaired.deleted, repaired.remaining) == ((), (), (), ())

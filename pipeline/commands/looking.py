@@ -1,6 +1,8 @@
 """Commands that look at whole stores: info, diff, verify."""
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ import click
 from moclip.pipeline.commands.console import STORE, count, one_line, progress, say, shown, size
 
 if TYPE_CHECKING:
-    from moclip.store import FeatureComparison, FeatureInfo, StoreInfo
+    from moclip.store import FeatureComparison, FeatureInfo, Repaired, StoreInfo
 
 
 @click.command()
@@ -66,7 +68,7 @@ def _words(parameters: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             value = f"({_words(value)})"
         if isinstance(value, list):
-            value = " and ".join(str(item) for item in value)
+            value = str(value[0]) if len(value) == 1 else f"({', '.join(str(item) for item in value)})"
         shown += [f"{name} {value}"] if value is not None else []
     return ", ".join(shown)
 
@@ -113,7 +115,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
         verdict = "MATCH" if found.matches else "NO MATCH, but the rows that both have do" if values else "NO MATCH"
         say(f"{verdict}: {found.a} and {found.b}, {count(len(found.features), 'feature')} in both")
     if not found.matches:
-        raise SystemExit(1)
+        sys.exit(1)
 
 
 def _print_comparison(feature: "FeatureComparison") -> None:
@@ -123,3 +125,56 @@ def _print_comparison(feature: "FeatureComparison") -> None:
         said += f"; the rest: at most {rows.max_abs:.6g} apart, {rows.mean_abs:.4g} in the mean, "
         said += f"cosine {rows.min_cosine:.6f} or more, {rows.mean_cosine:.6f} in the mean"
     say(said)
+
+
+@click.command()
+@click.argument("store", type=STORE)
+@click.option("--repair", "mend", is_flag=True, help="Mend what can be mended, and say what is to be extracted again.")
+def verify(store: str, mend: bool) -> None:
+    """Read every byte of a store, and name each file that is damaged, missing or too much.
+
+    With --repair, tables are made again from the receipts, and shards with a damaged or missing file are taken out:
+    the next `moclip extract` of the same source makes them again. What a stopped run left goes when it is a day old.
+
+    Exit code 1 if there are problems that are left.
+
+    \b
+    Example:
+      moclip verify corpus.zarr
+      moclip verify corpus.zarr --repair
+    """
+    from moclip import store as stores
+
+    with progress("reading", None, "{files} of {all_files} files, {read} of {all}") as advance:
+
+        def report(now: stores.Verified) -> None:
+            read, whole = size(now.bytes), size(now.all_bytes)
+            advance(now.bytes, now.all_bytes, files=now.files, all_files=now.all_files, read=read, all=whole)
+
+        repaired = stores.repair(store, report=report) if mend else None
+        problems = list(repaired.problems) if repaired else stores.verify(store, report)
+    for problem in problems:
+        say(f"{problem.kind}: {problem.path}: {problem.detail}")
+    if repaired:
+        _print_repaired(repaired)
+    elif problems:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(problem.kind for problem in problems).items()))
+        say(f"{kinds}. `moclip verify {store} --repair` mends what can be mended.")
+    else:
+        say("Every file is there, with the bytes that were written.")
+    left = repaired.remaining if repaired else problems
+    if left:
+        sys.exit(1)
+
+
+def _print_repaired(repaired: "Repaired") -> None:
+    say(f"Made again: {count(len(repaired.written), 'file')}; deleted: {count(len(repaired.deleted), 'place')}.")
+    for problem in repaired.remaining:
+        say(f"left: {problem.path}: {problem.detail}")
+    if "labels.parquet" in repaired.written:
+        say("labels.parquet was lost and is empty now: `moclip label` brings labels and splits back.")
+    if repaired.again:
+        say(
+            f"To be extracted again: {shown([f'{feature} of {video}' for video, feature in repaired.again])} "
+            f"({len(repaired.again)} in all): run the `moclip extract` that made them once more."
+        )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moclip.errors import SourceError, StoreFormatError, TooManyFailuresError
+from moclip.errors import SourceError, TooManyFailuresError
 from moclip.pipeline.extract.cluster import Cluster
 from moclip.pipeline.extract.features import ExtractConfig, FeatureRequest, resolve
 from moclip.pipeline.extract.labelling import label_new
@@ -13,7 +13,7 @@ from moclip.pipeline.extract.sources import SourceList, list_sources
 from moclip.pipeline.extract.splits import read_splits
 from moclip.pipeline.extract.summary import Summary, summarise
 from moclip.pipeline.extract.tasks import Report, Totals
-from moclip.store import add_feature, create_store, is_added, is_foreign, open_store, publish
+from moclip.store import add_feature, check_place, create_store, is_added, open_store, publish
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def prepare(job: Job) -> Prepared:
                 "they name videos by their path under the source, Class/name.avi"
             )
     config = resolve(job.request, cluster.threads)
-    if is_foreign(job.store):
-        raise StoreFormatError(f"{job.store} exists and is not a moclip store; name another path")
+    check_place(job.store, job.container)
     for name, spec in config.features.items():
         is_added(job.store, name, spec)
     plan = make_plan(
