@@ -1,19 +1,21 @@
 """The feature store, format 1: bytes in, bytes out. Knows neither torch nor av nor dask."""
 
-from moclip.store.compare import Comparison, FeatureComparison, compare, differences, first_difference
+from moclip.store.checks.compare import Comparison, FeatureComparison, compare, differences, first_difference
+from moclip.store.checks.repair import Repaired, repair
+from moclip.store.checks.verify import Problem, Verified, verify
+from moclip.store.containers.zarr_arrays import limit_threads
+from moclip.store.copies.filling import Copied
+from moclip.store.copies.removal import Removal, plan_removal, remove_videos
+from moclip.store.copies.selection import Selection
+from moclip.store.copies.sharing import export_store, merge_stores
+from moclip.store.copies.single_file import export_hdf5_file
 from moclip.store.describe import FeatureInfo, StoreInfo, describe, failed_entries
 from moclip.store.files import Folder, exclusive, open_folder, write_atomic
-from moclip.store.filling import Copied
 from moclip.store.fold import Fold
 from moclip.store.parquet import parquet_bytes
 from moclip.store.reader import Store, open_store
 from moclip.store.receipts import Entry, Receipt, list_receipts, write_receipt
-from moclip.store.removal import Removal, plan_removal, remove_videos
-from moclip.store.repair import Repaired, repair
 from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, SourceFacts
-from moclip.store.selection import Selection
-from moclip.store.sharing import export_store, merge_stores
-from moclip.store.single_file import export_hdf5_file
 from moclip.store.tables import (
     add_feature,
     check_place,
@@ -24,9 +26,7 @@ from moclip.store.tables import (
     publish,
     write_labels,
 )
-from moclip.store.verify import Problem, Verified, verify
 from moclip.store.writer import ShardWriter
-from moclip.store.zarr_arrays import limit_threads
 
 __all__ = [
     "FORMAT",

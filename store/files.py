@@ -51,7 +51,7 @@ class Folder(ABC):
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> None:
-        """Put a whole file in place at once, unless there is one: of two that come at a time, the first one stays."""
+        """Like :meth:`write`, but what came there first stays, as far as the storage can tell."""
 
     @abstractmethod
     def put(self, local: Path, name: str) -> None:
@@ -251,10 +251,7 @@ def check_same_process(pid: int) -> None:
     tensorstore's threads, HDF5's locks and connections do not survive a fork: a read would hang or abort.
     """
     if os.getpid() != pid:
-        raise FeatureError(
-            "this store was opened before a fork; start the process with 'spawn' or 'forkserver', "
-            "or open the store in it"
-        )
+        raise FeatureError("this store was opened before a fork; start the process with 'spawn' or 'forkserver'")
 
 
 def sha256_of(path: Path) -> str:

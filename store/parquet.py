@@ -15,7 +15,7 @@ from moclip.errors import StoreFormatError
 _KEY = "moclip.sha256"
 _BLANK = b"0" * 64
 #: Every row has an id of its own, which cannot be compressed away; a header that claims more is not believed.
-_MOST_ROWS_A_BYTE = 8
+_MOST_ROWS_A_BYTE = 32
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

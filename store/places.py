@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import FeatureError, StoreFormatError
+from moclip.store.containers.rows import Rows
 from moclip.store.files import check_name
-from moclip.store.rows import Rows
 
 _Number = TypeVar("_Number", np.bool_, np.int32, np.int64)
 

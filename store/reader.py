@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from moclip.errors import FeatureError, StoreFormatError
 from moclip.store.containers import CONTAINERS
+from moclip.store.containers.rows import RowReader, Rows
 from moclip.store.files import check_same_process, open_folder
 from moclip.store.groups import read_features, read_mark
 from moclip.store.places import Places
-from moclip.store.rows import RowReader, Rows
 from moclip.store.schema import FeatureSpec
 from moclip.store.tables import ENTRIES, LABELS, VIDEOS, read_classes, read_table
 from moclip.store.writer import VALUE, VALUE_STOP

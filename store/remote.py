@@ -20,7 +20,7 @@ from moclip.store.files import Folder, check_same_process, checked
 _SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs"}
 _MODIFIED = {"s3": "LastModified", "gs": "mtime"}
 #: How long a connection and a silence may take, in seconds, and how often a request is sent until it is given up.
-CONNECT_S, READ_S, ATTEMPTS = 10, 60, 4
+CONNECT_S, READ_S, ATTEMPTS = 10, 30, 3
 #: What a file that is read bit by bit is fetched in.
 _BLOCK_BYTES = 8 * 2**20
 #: What network trouble looks like in the libraries: much of it is no OSError.
@@ -42,7 +42,7 @@ def _reaching(method: Callable[Concatenate["RemoteFolder", _P], _T]) -> Callable
     """A storage that does not answer is a :class:`ConnectionError`, which nobody takes for damage."""
 
     @functools.wraps(method)
-    def call(self: "RemoteFolder", *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def call(self: "RemoteFolder", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         check_same_process(self.pid)
         try:
             return method(self, *args, **kwargs)

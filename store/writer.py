@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moclip.store.containers import CONTAINERS
+from moclip.store.containers.rows import RowWriter
 from moclip.store.files import LocalFolder, check_name, open_folder, sha256_of
 from moclip.store.groups import read_mark
 from moclip.store.receipts import Entry, Receipt, write_receipt
-from moclip.store.rows import RowWriter
 from moclip.store.schema import FORMAT, FeatureSpec, SourceFacts
 
 #: The array of each group that holds the rows themselves; the others are the specification's columns.

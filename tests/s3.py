@@ -25,9 +25,10 @@ from typing import Literal, get_args
 
 import pytest
 
-#: "403", "500", "503": an error in place of the request. "hang": no answer, until the client gives up. "cut_request": half of
-#: the upload is read, the connection closes, and nothing is stored. "cut_response": done, but half of the answer's body
-#: is sent, or, where it has none, half of its first line. "stored_then_500": done, but the client is told it failed.
+#: "403", "500", "503": an error in place of the request. "hang": no answer, until the client gives up. "cut_request":
+#: half of the upload is read, the connection closes, and nothing is stored. "cut_response": done, but half of the
+#: answer's body is sent, or, where it has none, half of its first line. "stored_then_500": done, but the client is
+#: told it failed.
 Fault = Literal["403", "500", "503", "hang", "cut_request", "cut_response", "stored_then_500"]
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "te", "upgrade"}

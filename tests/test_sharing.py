@@ -17,19 +17,17 @@ from moclip.store import (
     ShardWriter,
     SourceFacts,
     add_feature,
-    copying,
     create_store,
     export_hdf5_file,
     export_store,
     failed_entries,
-    filling,
     first_difference,
     merge_stores,
     open_folder,
     open_store,
     publish,
-    single_file,
 )
+from moclip.store.copies import copying, filling, single_file
 from moclip.store.receipts import list_receipts, read_receipt
 
 

@@ -24,8 +24,8 @@ from moclip.store import (
     parquet_bytes,
     publish,
     write_atomic,
-    zarr_arrays,
 )
+from moclip.store.containers import zarr_arrays
 from moclip.store.files import LocalFolder
 from moclip.store.parquet import read_parquet
 

@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 
 from moclip import __version__
 from moclip.errors import FeatureError, StoreFormatError
-from moclip.store.copying import Block, RowSource, read_ahead
+from moclip.store.containers.hdf5 import Hdf5Writer
+from moclip.store.copies.copying import Block, RowSource, read_ahead
+from moclip.store.copies.filling import Copied, Report, entry_of, silent
+from moclip.store.copies.selection import EVERYTHING, Selection, select
+from moclip.store.copies.sharing import export_store
 from moclip.store.files import open_folder
-from moclip.store.filling import Copied, Report, entry_of, silent
-from moclip.store.hdf5 import Hdf5Writer
 from moclip.store.reader import Store, open_store
 from moclip.store.schema import FORMAT, FeatureSpec
-from moclip.store.selection import EVERYTHING, Selection, select
-from moclip.store.sharing import export_store
 from moclip.store.writer import VALUE, VALUE_STOP
 
 _TEXT = h5py.string_dtype()

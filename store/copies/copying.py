@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from moclip.errors import StoreFormatError
 from moclip.store.containers import CONTAINERS
+from moclip.store.containers.rows import Pending, Rows, row_bytes
 from moclip.store.files import Folder, check_name, open_folder
 from moclip.store.groups import read_mark
 from moclip.store.receipts import Entry, Receipt
-from moclip.store.rows import Pending, Rows, row_bytes
 from moclip.store.schema import FeatureSpec, SourceFacts
 from moclip.store.writer import VALUE, VALUE_STOP, ShardWriter
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import MoclipError, StoreFormatError
+from moclip.store.checks.leftovers import leftovers
 from moclip.store.containers import CONTAINERS
 from moclip.store.files import Folder, open_folder
 from moclip.store.fold import fold_receipts
 from moclip.store.groups import GROUP, feature_json, read_feature, read_mark, store_json
-from moclip.store.leftovers import leftovers
 from moclip.store.parquet import parquet_bytes
 from moclip.store.receipts import ReadReceipt, list_receipts, read_receipt
 from moclip.store.tables import CATALOGUE, ENTRIES, LABELS, VIDEOS, read_catalogue, read_classes, read_table

@@ -14,8 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from moclip.errors import StoreFormatError
+from moclip.store.containers.rows import (
+    MOST_CHUNK_BYTES,
+    Pending,
+    RowWriter,
+    Selection,
+    chunk_rows,
+    first_line,
+    row_bytes,
+)
 from moclip.store.files import Folder
-from moclip.store.rows import MOST_CHUNK_BYTES, Pending, RowWriter, Selection, chunk_rows, first_line, row_bytes
 
 SUFFIX = ".h5"
 #: What a writer holds in memory before it goes to disk, about.

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import StoreFormatError
+from moclip.store.checks.leftovers import leftovers
+from moclip.store.checks.verify import Examination, Problem, Report
 from moclip.store.files import Folder, open_folder
 from moclip.store.groups import GROUP, feature_json, store_json
-from moclip.store.leftovers import leftovers
 from moclip.store.receipts import list_receipts, read_receipt
 from moclip.store.schema import ENTRY_FIELDS, FeatureSpec
 from moclip.store.tables import ENTRIES, create_store, publish, read_table
-from moclip.store.verify import Examination, Problem, Report
 
 #: Younger leftovers may be of an extraction that is running.
 ORPHAN_AGE_S = 24 * 3600.0

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import StoreFormatError
-from moclip.store.copying import Copy, RowSource, copy_shard
+from moclip.store.copies.copying import Copy, RowSource, copy_shard
+from moclip.store.copies.labels import union_classes, union_labels
 from moclip.store.files import Folder, check_name, open_folder
-from moclip.store.labels import union_classes, union_labels
 from moclip.store.reader import Store, open_store
 from moclip.store.receipts import Entry, read_receipt
 from moclip.store.schema import FACT_FIELDS, FeatureSpec, SourceFacts

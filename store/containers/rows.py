@@ -11,7 +11,7 @@ import numpy.typing as npt
 #: A chunk is the least that can be read: a few rows, so that random access stays cheap.
 CHUNK_BYTES = 16 * 2**10
 #: No honest array has chunks or files beyond these; a header that claims more is not believed.
-MOST_CHUNK_BYTES = 64 * 2**20
+MOST_CHUNK_BYTES = 8 * 2**20
 MOST_FILE_BYTES = 16 * 64 * 2**20
 
 #: Which rows: a range, or row numbers in any order.

@@ -14,9 +14,7 @@ import numpy.typing as npt
 import tensorstore as ts
 
 from moclip.errors import StoreFormatError
-from moclip.store.files import Folder, write_atomic
-from moclip.store.groups import GROUP
-from moclip.store.rows import (
+from moclip.store.containers.rows import (
     MOST_CHUNK_BYTES,
     MOST_FILE_BYTES,
     Pending,
@@ -26,6 +24,8 @@ from moclip.store.rows import (
     first_line,
     row_bytes,
 )
+from moclip.store.files import Folder, write_atomic
+from moclip.store.groups import GROUP
 
 #: A Zarr shard is one file. It is also the block that a writer holds in memory before it goes to disk.
 SHARD_BYTES = 64 * 2**20

@@ -1,13 +1,13 @@
-"""The two containers that hold a store's rows, behind one interface (:mod:`moclip.store.rows`)."""
+"""The two containers that hold a store's rows, behind one interface (:mod:`moclip.store.containers.rows`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moclip.store.containers.hdf5 import Hdf5Reader, Hdf5Shard
+from moclip.store.containers.rows import RowReader, ShardFiles
+from moclip.store.containers.zarr_arrays import ZarrReader, ZarrShard
 from moclip.store.files import Folder
-from moclip.store.hdf5 import Hdf5Reader, Hdf5Shard
-from moclip.store.rows import RowReader, ShardFiles
-from moclip.store.zarr_arrays import ZarrReader, ZarrShard
 
 
 @dataclass(frozen=True)

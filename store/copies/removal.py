@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import SourceError
-from moclip.store.copying import Copy, RowSource, copy_shard
+from moclip.store.copies.copying import Copy, RowSource, copy_shard
+from moclip.store.copies.filling import Report, entry_of, silent
+from moclip.store.copies.selection import some
 from moclip.store.files import Folder, open_folder
-from moclip.store.filling import Report, entry_of, silent
 from moclip.store.groups import feature_names, read_mark
 from moclip.store.parquet import parquet_bytes
 from moclip.store.receipts import ReadReceipt, list_receipts, read_receipt
 from moclip.store.schema import EXTRA_PREFIX, FACT_FIELDS, SourceFacts
-from moclip.store.selection import some
 from moclip.store.tables import ENTRIES, LABELS, VIDEOS, publish, read_classes, read_table, write_labels
 
 _FACT_NAMES = [field.name for field in FACT_FIELDS]

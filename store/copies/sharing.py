@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import FeatureError, SourceError, StoreFormatError
-from moclip.store.filling import Copied, Report, Wanted, fill, silent
-from moclip.store.labels import union_classes, union_labels
+from moclip.store.copies.filling import Copied, Report, Wanted, fill, silent
+from moclip.store.copies.labels import union_classes, union_labels
+from moclip.store.copies.selection import EVERYTHING, Selection, select, some
 from moclip.store.reader import Store, open_store
 from moclip.store.schema import FACT_FIELDS, FeatureSpec
-from moclip.store.selection import EVERYTHING, Selection, select, some
 from moclip.store.tables import spec_difference
 
 
