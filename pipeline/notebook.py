@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from moclip.errors import FeatureError
-from moclip.store import Store, StoreInfo, describe
+from moclip.store import FeatureInfo, Store, StoreInfo, describe
 
 #: About the longer side of a picture of motion, in pixels of the screen.
 _VIEW_PX = 480
@@ -55,20 +55,19 @@ class Overview:
         return f"{info.videos} videos, {info.hours:.2f} hours, {info.frames} frames, {len(info.labels)} classes"
 
     def _tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        features = self.info.features
-        yield (
-            "features",
-            ["name", "kind", "dtype", "unit", "digest", "videos", "rows", "MiB", "failed"],
-            [
-                [f.name, s.kind, s.dtype, s.unit, f.digest, str(f.ok), str(f.rows), f"{f.bytes / 2**20:.1f}", failed]
-                for f in features
-                for s, failed in [(f.specification, ", ".join(f"{n} {why}" for why, n in f.failures.items()) or "-")]
-            ],
-        )
+        header = ["name", "kind", "dtype", "unit", "digest", "videos", "rows", "MiB", "failed"]
+        yield "features", header, [_feature_row(feature) for feature in self.info.features]
         if self.info.splits:
             parts = ["train", "val", "test"]
             rows = [[name, *(str(n.get(part, 0)) for part in parts)] for name, n in self.info.splits.items()]
             yield "splits", ["name", *parts], rows
+
+
+def _feature_row(f: FeatureInfo) -> list[str]:
+    spec = f.specification
+    numbers = [str(f.ok), str(f.rows), f"{f.bytes / 2**20:.1f}"]
+    failed = ", ".join(f"{n} {why}" for why, n in f.failures.items()) or "-"
+    return [f.name, spec.kind, spec.dtype, spec.unit, f.digest, *numbers, failed]
 
 
 @dataclass(frozen=True, repr=False)

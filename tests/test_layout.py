@@ -31,7 +31,9 @@ LIBRARIES = {
     "av": {"moclip.pipeline.extract"},
     "dask": {"moclip.pipeline.analysis", "moclip.pipeline.extract.cluster"},
     "distributed": {"moclip.pipeline.extract.cluster"},
-    "tensorstore": {"moclip.store"},
+    "fsspec": {"moclip.store.remote"},
+    "h5py": {"moclip.store.containers.hdf5", "moclip.store.copies.single_file"},
+    "tensorstore": {"moclip.store.containers.zarr_arrays"},
     "torch": {"moclip.pipeline"},
     "open_clip": {"moclip.pipeline.backbones"},
     "timm": {"moclip.pipeline"},
@@ -67,6 +69,14 @@ def test_rooms_reach_only_what_is_below_them(path):
         for library, rooms in LIBRARIES.items():
             if inside(name, library):
                 assert any(inside(here, room) for room in rooms), f"{here} imports {name}"
+
+
+def test_copies_and_checks_stand_on_the_rest_of_the_store():
+    for path in (path for path in SOURCES if inside(module_name(path), "moclip.store")):
+        here = module_name(path)
+        above = {f"moclip.store.{room}" for room in ("copies", "checks")}
+        if here != "moclip.store" and not any(inside(here, room) for room in above):
+            assert not [name for name in imports(path) if any(inside(name, room) for room in above)], here
 
 
 def test_every_folder_with_code_ships():

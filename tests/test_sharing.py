@@ -293,6 +293,22 @@ class TestMerge:
         assert merged.classes == ["run", "jump", "swim"]
         assert merge_stores(pair, out).kept == 4
 
+    def test_a_column_of_two_types_becomes_text(self, pair, out):
+        write_shard(pair[1], "t", {"d": rows_of(4, 3)}, extra={"year": "about 1900"})
+        publish(pair[1])
+        merge_stores(pair, out)
+        assert open_store(out).videos["year"].to_pylist() == ["1999", "1999", None, "about 1900"]
+
+    def test_a_column_called_like_a_fixed_one_has_one_name_in_all_shards(self, pair, out):
+        write_shard(pair[0], "t", {"d": rows_of(4, 3)}, extra={"bytes": "mine"})
+        publish(pair[0])
+        merge_stores(pair, out)
+        write_shard(out, "t", {"e": rows_of(5, 3)}, extra={"bytes": "mine"})
+        publish(out)
+        videos = open_store(out).videos
+        assert [name for name in videos.column_names if name.startswith("extra.")] == ["extra.bytes"]
+        assert videos["extra.bytes"].to_pylist() == [None, None, None, "mine", "mine"]
+
     def test_an_interrupted_merge_goes_on(self, pair, out, monkeypatch):
         with monkeypatch.context() as patch:
             copies_counted(patch, stop_at=1)

@@ -1,9 +1,11 @@
 """The store's promises: rows come back, only receipts count, what is there stays, damage is an error."""
 
+import errno
 import re
 import shutil
 import sys
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -25,7 +27,7 @@ from moclip.store import (
     publish,
     write_atomic,
 )
-from moclip.store.containers import zarr_arrays
+from moclip.store.containers import hdf5, zarr_arrays
 from moclip.store.files import LocalFolder
 from moclip.store.parquet import read_parquet
 
@@ -116,6 +118,58 @@ def test_embeddings_match_within_rounding(tmp_path):
     assert compare(a, b).matches
     assert first_difference(a, b) is None
     assert not compare(a, c).matches
+
+
+def test_values_that_are_no_numbers_match_nothing(tmp_path):
+    stores = []
+    spec = FeatureSpec("embedding", "float16", "1", {})
+    for name, value in (("a", 1.0), ("b", np.nan)):
+        create_store(tmp_path / name)
+        add_feature(tmp_path / name, "embedding", spec)
+        writer = ShardWriter(tmp_path / name, feature="embedding", spec=spec, shard="s")
+        writer.append(np.array([[1, 1], [1, value]]))
+        writer.ok(SourceFacts("v"))
+        writer.finish()
+        publish(tmp_path / name)
+        stores.append(open_store(tmp_path / name))
+    found = compare(*stores).features[0]
+    assert not found.values_match
+    assert found.rows.min_cosine == 0
+    assert np.isnan(found.rows.max_abs)
+
+
+@pytest.fixture
+def many_files(tmp_path, monkeypatch):
+    """A store of six HDF5 shards, of which two may be open."""
+    monkeypatch.setattr(hdf5, "_OPEN_FILES", 2)
+    create_store(tmp_path / "many", "hdf5")
+    add_feature(tmp_path / "many", "motion", SPEC)
+    for k in range(6):
+        write_shard(tmp_path / "many", f"s{k}", {f"v{k}": rows_of(k, 3)})
+    publish(tmp_path / "many")
+    return open_store(tmp_path / "many")
+
+
+def test_files_that_were_not_used_lately_are_closed(many_files):
+    def opened():
+        return h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE)
+
+    before = opened()
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            many_files.gather("motion", [f"v{k}" for k in range(6)], [1] * 6), [rows_of(k, 3)[1] for k in range(6)]
+        )
+        assert opened() <= before + 2
+
+
+def test_a_process_that_can_open_no_more_files_sees_no_damage(many_files, monkeypatch):
+    def refuse(self, name):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(LocalFolder, "open", refuse)
+    with pytest.raises(OSError, match="Too many") as raised:
+        many_files._reader.open("features/motion/s0", "3x4", "value", "int16", 1)
+    assert not isinstance(raised.value, StoreFormatError)
 
 
 def test_a_table_that_holds_the_checksum_s_own_words_is_read_back():

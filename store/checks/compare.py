@@ -165,13 +165,14 @@ class _RowStatistics:
         if x.shape != y.shape:
             self.shape += 1
             return
-        difference = np.abs(x.astype(np.float64) - y.astype(np.float64))
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(x.astype(np.float64) - y.astype(np.float64))
         cosines = _cosines(x, y)
         self._values += difference.size
         self._rows += len(cosines)
         self._abs += float(difference.sum())
         self._cosine += float(cosines.sum())
-        self._max = max(self._max, float(difference.max()))
+        self._max = float(np.maximum(self._max, difference.max()))  # unlike max, it does not lose a NaN
         if cosines.size and float(cosines.min()) <= self._min:
             self._min, self._worst = float(cosines.min()), video
 
@@ -183,12 +184,17 @@ class _RowStatistics:
 
 
 def _cosines(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """The cosine of each pair of rows, (n, …) each; rows that are zero in both are left out, in one count as 0."""
+    """The cosine of each pair of rows, (n, …) each.
+
+    Rows that are zero in both are left out; one that is zero, or not finite, in one or both counts as 0.
+    """
     flat = [rows.reshape(len(rows), -1).astype(np.float64) for rows in (x, y)]
     lengths = [np.linalg.norm(rows, axis=1) for rows in flat]
-    product = lengths[0] * lengths[1]
-    cosines = np.divide((flat[0] * flat[1]).sum(1), product, out=np.zeros(len(product)), where=product > 0)
-    kept: npt.NDArray[np.float64] = cosines[(lengths[0] > 0) | (lengths[1] > 0)]
+    with np.errstate(invalid="ignore"):
+        product = lengths[0] * lengths[1]
+        dots = (flat[0] * flat[1]).sum(1)
+        cosines = np.divide(dots, product, out=np.zeros(len(product)), where=(product > 0) & np.isfinite(dots))
+    kept: npt.NDArray[np.float64] = cosines[(lengths[0] != 0) | (lengths[1] != 0)]
     return kept
 
 

@@ -19,7 +19,7 @@ def leftovers(
 
     ``names`` are all receipts, those that cannot be read too: what lies in their shards is not given.
     """
-    shards = {name.removesuffix(".parquet").replace("receipts/", "features/", 1) for name in names}
+    shards = {shard_of(name) for name in names}
     unread = shards - {f"features/{receipt.feature}/{receipt.shard}" for receipt in receipts}
     named = {*known, *names, *(name for receipt in receipts for name in receipt.files)}
     orphans: dict[str, list[int]] = {}
@@ -33,6 +33,11 @@ def leftovers(
             orphans.setdefault(place, []).append(sizes[name])
     for place, held in orphans.items():
         yield place, "orphan", f"{len(held)} files, {sum(held)} bytes, of a task that was stopped or is running"
+
+
+def shard_of(receipt: str) -> str:
+    """The shard of a receipt: both by their places in the store."""
+    return receipt.removesuffix(".parquet").replace("receipts/", "features/", 1)
 
 
 def _place(name: str) -> tuple[str | None, str | None]:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import StoreFormatError
-from moclip.store.checks.leftovers import leftovers
-from moclip.store.checks.verify import Examination, Problem, Report
+from moclip.store.checks.leftovers import leftovers, shard_of
+from moclip.store.checks.verify import Examination, Problem, Report, container_of
 from moclip.store.files import Folder, open_folder
 from moclip.store.groups import GROUP, feature_json, store_json
 from moclip.store.receipts import list_receipts, read_receipt
@@ -61,7 +61,7 @@ def repair(url: str | Path, *, orphan_age_s: float = ORPHAN_AGE_S, report: Repor
     written, deleted = _restore(examination, problems)
     create_store(url)  # labels that are missing
     publish(url)
-    orphans, young = _delete_orphans(folder, orphan_age_s, {_shard(name) for name in dropped})
+    orphans, young = _delete_orphans(folder, orphan_age_s, {shard_of(name) for name in dropped})
     again = _lost(before, read_table(folder, ENTRIES))
     return Repaired(
         problems=tuple(problems),
@@ -114,7 +114,7 @@ def _group_file(examination: Examination, name: str) -> bytes | None:
     if name == "features/zarr.json":
         return GROUP
     if name == "zarr.json":
-        hdf5_first = any(file.endswith(".h5") for receipt in examination.receipts.values() for file in receipt.files)
+        hdf5_first = any(container_of(receipt) == "hdf5" for receipt in examination.receipts.values())
         candidates = [store_json(container) for container in (("hdf5", "zarr") if hdf5_first else ("zarr", "hdf5"))]
     else:
         candidates = [feature_json(spec) for spec in _specifications(examination, name.split("/")[1])]
@@ -138,12 +138,12 @@ def _delete_orphans(folder: Folder, age_s: float, dropped: Collection[str]) -> t
     sizes, names = folder.files(), list_receipts(folder)
     receipts = [read_receipt(folder, name) for name in names]
     gone, young = [], []
+    old = time.time() - age_s
     for place, kind, detail in leftovers(sizes, set(), receipts, names):
         if kind != "orphan":
             continue
         files = [name for name in sizes if name == place or name.startswith(f"{place}/")]
-        old = time.time() - age_s
-        if place.removesuffix(".h5") not in dropped and max(folder.modified(name) for name in files) > old:
+        if place.removesuffix(".h5") not in dropped and _last_written(folder, files) > old:
             young.append(Problem(place, "orphan", f"{detail}; it is too young to be deleted", "delete"))
             continue
         for name in files:
@@ -152,6 +152,9 @@ def _delete_orphans(folder: Folder, age_s: float, dropped: Collection[str]) -> t
     return gone, young
 
 
-def _shard(receipt: str) -> str:
-    """The shard of a receipt: both by their places in the store."""
-    return receipt.removesuffix(".parquet").replace("receipts/", "features/", 1)
+def _last_written(folder: Folder, files: Iterable[str]) -> float:
+    """When the newest of ``files`` was written; now, if one of them has gone meanwhile: a task is at work there."""
+    try:
+        return max(folder.modified(name) for name in files)
+    except FileNotFoundError:
+        return time.time()

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from moclip.errors import MoclipError, StoreFormatError
 from moclip.store.checks.leftovers import leftovers
 from moclip.store.containers import CONTAINERS
+from moclip.store.containers.hdf5 import SUFFIX
 from moclip.store.files import Folder, open_folder
 from moclip.store.fold import fold_receipts
 from moclip.store.groups import GROUP, feature_json, read_feature, read_mark, store_json
@@ -229,7 +230,7 @@ class Examination:
         return receipt
 
     def _check_ranges(self, receipt: ReadReceipt) -> None:
-        reader = self._reader("hdf5" if any(name.endswith(".h5") for name in receipt.files) else "zarr")
+        reader = self._reader(container_of(receipt))
         spec, shard = receipt.specification, f"features/{receipt.feature}/{receipt.shard}"
         columns = {**({VALUE_STOP: "int64"} if spec.ragged else {VALUE: spec.dtype}), **spec.columns}
         try:
@@ -238,6 +239,8 @@ class Examination:
                     reader.open(shard, array, column, dtype, rows)
         except StoreFormatError as error:
             self._found(receipt.name, "no_data", str(error), "drop", receipt.name)
+        except OSError as error:  # of the disk or the bucket, and no reason to drop anything
+            self._found(receipt.name, "unreadable", str(error), "none")
 
     def _known(self) -> set[str]:
         specifications = {name for name in self.fingerprints if _SPECIFICATION.fullmatch(name)}
@@ -284,6 +287,11 @@ def _fingerprint(folder: Folder, name: str) -> tuple[int, str]:
             digest.update(block)
             size += len(block)
     return size, digest.hexdigest()
+
+
+def container_of(receipt: ReadReceipt) -> str:
+    """The container that a receipt's shard was written in, by its files."""
+    return "hdf5" if any(name.endswith(SUFFIX) for name in receipt.files) else "zarr"
 
 
 def _last_rows(receipt: ReadReceipt) -> list[tuple[str, int]]:

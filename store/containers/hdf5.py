@@ -3,7 +3,10 @@
 Metadata and chunks carry checksums (file format 1.10, fletcher32), compression is gzip: h5py alone reads the files.
 """
 
+import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -32,6 +35,8 @@ _BLOCK_BYTES = 2**20
 _FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
 #: Each open file takes a descriptor, of which a process has about a thousand; one from a bucket is in memory whole.
 _OPEN_FILES, _REMOTE_FILES = 256, 8
+#: The system's numbers for a disk or a process in trouble, which is no damage. HDF5 passes them on.
+_TROUBLES = {errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM, errno.ESTALE}
 
 
 class Hdf5Shard:
@@ -91,24 +96,34 @@ class Hdf5Writer(RowWriter):
 
 
 class Hdf5Rows:
-    """A dataset that was opened for reading."""
+    """A dataset that was opened for reading. It is found anew at each read, since a dataset keeps its file open."""
 
-    def __init__(self, dataset: h5py.Dataset, where: str) -> None:
-        self._dataset = dataset
+    def __init__(self, find: Callable[[], h5py.Dataset], where: str) -> None:
+        self._find = find
         self._where = where
-        self.shape: tuple[int, ...] = dataset.shape
+        self.shape: tuple[int, ...] = find().shape
 
     def start(self, rows: Selection) -> Pending:
         def read() -> npt.NDArray[Any]:
-            try:
-                values: npt.NDArray[Any] = (
-                    self._dataset[rows] if isinstance(rows, slice) else _read_each(self._dataset, rows)
-                )
-            except (OSError, RuntimeError, ValueError) as error:
-                raise StoreFormatError(f"the dataset {self._where} is damaged: {first_line(error)}") from error
-            return values
+            with _damage(f"the dataset {self._where} is damaged"):
+                dataset = self._find()
+                values: npt.NDArray[Any] = dataset[rows] if isinstance(rows, slice) else _read_each(dataset, rows)
+                return values
 
         return read
+
+
+@contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """HDF5's errors are damage, unless the disk or the bucket did not give the bytes."""
+    try:
+        yield
+    except (StoreFormatError, ConnectionError):
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in _TROUBLES:
+            raise
+        raise StoreFormatError(f"{what}: {first_line(error)}") from error
 
 
 def _read_each(dataset: h5py.Dataset, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -132,23 +147,38 @@ class Hdf5Reader:
 
     def open(self, shard: str, array: str, column: str, dtype: str, needed: int) -> Hdf5Rows:
         where = f"{self._folder.at(shard + SUFFIX)}:/{array}/{column}"
-        try:
-            dataset = _dataset(self._open_file(shard + SUFFIX), f"{array}/{column}", where)
-            _check(dataset, where, np.dtype(dtype))
-        except (StoreFormatError, ConnectionError):
-            raise
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise StoreFormatError(f"cannot open the dataset {where}: {first_line(error)}") from error
-        if len(dataset) < needed:
-            raise StoreFormatError(f"the dataset {where} has {len(dataset)} rows; the entries name {needed} rows of it")
-        return Hdf5Rows(dataset, where)
+        with _damage(f"cannot open the dataset {where}"):
+            rows = Hdf5Rows(
+                lambda: self._open_file(shard + SUFFIX).dataset(f"{array}/{column}", np.dtype(dtype), where), where
+            )
+        if rows.shape[0] < needed:
+            raise StoreFormatError(
+                f"the dataset {where} has {rows.shape[0]} rows; the entries name {needed} rows of it"
+            )
+        return rows
 
-    def _open_file_anew(self, name: str) -> h5py.File:
+    def _open_file_anew(self, name: str) -> "_OpenFile":
         if self._folder.local is None:
-            return h5py.File.in_memory(self._folder.read(name))
+            return _OpenFile(h5py.File.in_memory(self._folder.read(name)))
         self._folder.open(name).close()  # which looks for links that lead out of the store
         # Nobody writes into a finished file, so it needs no lock, which some network disks refuse.
-        return h5py.File(self._folder.local / name, "r", locking=False)
+        return _OpenFile(h5py.File(self._folder.local / name, "r", locking=False))
+
+
+class _OpenFile:
+    """A file and the datasets that were found in it; it closes when it is forgotten together with them."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self._file = file
+        self._datasets: dict[str, h5py.Dataset] = {}
+
+    def dataset(self, name: str, dtype: np.dtype[Any], where: str) -> h5py.Dataset:
+        """The dataset ``name``, checked when it is first asked for."""
+        if name not in self._datasets:
+            dataset = _dataset(self._file, name, where)
+            _check(dataset, where, dtype)
+            self._datasets[name] = dataset
+        return self._datasets[name]
 
 
 def _dataset(file: h5py.File, name: str, where: str) -> h5py.Dataset:

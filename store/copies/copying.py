@@ -66,6 +66,11 @@ class RowSource:
             raise StoreFormatError(
                 f"an entry of {self._feature}/{shard} in {self._url} does not say where its rows lie"
             )
+        if not 0 <= entry.row_start < entry.row_stop:
+            raise StoreFormatError(
+                f"an entry of {self._feature}/{shard} in {self._url} has a row range that is none: "
+                f"{entry.row_start} to {entry.row_stop}"
+            )
         opened = {name: self._open(shard, entry.array, name, entry.row_stop) for name in self._spec.columns}
         if self._spec.ragged:
             yield from self._ragged(shard, entry.array, opened, entry.row_start, entry.row_stop)

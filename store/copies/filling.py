@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from moclip.store.copies.labels import union_classes, union_labels
 from moclip.store.files import Folder, check_name, open_folder
 from moclip.store.reader import Store, open_store
 from moclip.store.receipts import Entry, read_receipt
-from moclip.store.schema import FACT_FIELDS, FeatureSpec, SourceFacts
+from moclip.store.schema import EXTRA_PREFIX, FACT_FIELDS, FeatureSpec, SourceFacts
 from moclip.store.tables import add_feature, create_store, fold_store, is_store, publish, write_labels
 
 #: A shard of a copy takes about this much, as stored. It is what an interruption costs at most.
@@ -209,8 +209,11 @@ class _Facts:
     def __init__(self, stores: Sequence[Store]) -> None:
         self._tables = [store.videos for store in stores]
         self._rows = [{video: k for k, video in enumerate(table["id"].to_pylist())} for table in self._tables]
-        names = dict.fromkeys(name for table in self._tables for name in table.column_names)
-        self._extra = [name for name in names if name not in {"id", *_FACT_NAMES}]
+        kinds: dict[str, set[pa.DataType]] = {}
+        for field in (field for table in self._tables for field in table.schema):
+            kinds.setdefault(field.name, set()).add(field.type)
+        self._extra = [name for name in kinds if name not in {"id", *_FACT_NAMES}]
+        self._as_text = {name for name in self._extra if _clash(kinds[name])}
 
     def of(self, ids: Sequence[str]) -> list[SourceFacts]:
         known: dict[str, dict[str, Any]] = {video: {} for video in ids}
@@ -223,4 +226,20 @@ class _Facts:
 
     def _facts(self, video: str, known: dict[str, Any]) -> SourceFacts:
         fixed = {name: known.get(name) for name in _FACT_NAMES}
-        return SourceFacts(id=video, **fixed, extra={name: known.get(name) for name in self._extra})
+        extra = {_own_name(name): self._value(name, known.get(name)) for name in self._extra}
+        return SourceFacts(id=video, **fixed, extra=extra)
+
+    def _value(self, name: str, value: Any) -> Any:
+        return str(value) if name in self._as_text and value is not None else value
+
+
+def _clash(kinds: Collection[pa.DataType]) -> bool:
+    """Whether values of these types make no one column, as when folding receipts: numbers widen, others become text."""
+    some = {kind for kind in kinds if not pa.types.is_null(kind)}
+    return len(some) > 1 and not all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in some)
+
+
+def _own_name(column: str) -> str:
+    """What the source list called a column; the table of videos prefixes those that are called like a fixed one."""
+    bare = column.removeprefix(EXTRA_PREFIX)
+    return bare if bare in {"id", *_FACT_NAMES} else column
