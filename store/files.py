@@ -12,7 +12,7 @@ import stat
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -151,11 +151,12 @@ class LocalFolder(Folder):
 
     def files(self, under: str = "") -> dict[str, int]:
         found: dict[str, int] = {}
-        for parent, folders, names in os.walk(self._inside(under)):
+        for parent, folders, names in _walk(self._inside(under)):
             # A link to a folder is not followed, but it is there.
             for name in (*names, *(name for name in folders if os.path.islink(os.path.join(parent, name)))):
                 path = os.path.join(parent, name)
-                found[os.path.relpath(path, self._path).replace(os.sep, "/")] = os.lstat(path).st_size
+                with suppress(FileNotFoundError):  # an unfinished file of a run that goes on meanwhile
+                    found[os.path.relpath(path, self._path).replace(os.sep, "/")] = os.lstat(path).st_size
         return found
 
     def modified(self, name: str) -> float:
@@ -176,7 +177,7 @@ class LocalFolder(Folder):
 
     def kvstore(self, name: str) -> dict[str, Any]:
         path = self._inside(name)
-        for parent, folders, files in os.walk(path):
+        for parent, folders, files in _walk(path):
             for entry in (*folders, *files):
                 within = Path(parent, entry)
                 _check_plain(within, os.lstat(within).st_mode)
@@ -195,6 +196,16 @@ class LocalFolder(Folder):
         if os.path.realpath(path) != os.path.normpath(os.path.join(os.path.realpath(self._path), name)):
             raise StoreFormatError(f"{path} is, or lies behind, a link; {_NO_LINKS}")
         return path
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As :func:`os.walk`, which leaves out a folder that it cannot list; then files would seem to be missing."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    return os.walk(folder, onerror=fail)
 
 
 def _check_plain(path: Path, mode: int) -> None:
@@ -246,12 +257,14 @@ def exclusive(url: str | Path) -> AbstractContextManager[None]:
 
 
 def check_same_process(pid: int) -> None:
-    """:class:`FeatureError` in a child that was forked off process ``pid``, which opened the store.
+    """:class:`FeatureError` in a child that was forked off process ``pid``, which had a store open.
 
     tensorstore's threads, HDF5's locks and connections do not survive a fork: a read would hang or abort.
     """
     if os.getpid() != pid:
-        raise FeatureError("this store was opened before a fork; start the process with 'spawn' or 'forkserver'")
+        raise FeatureError(
+            "this process was forked off one that had a store open; start it with 'spawn' or 'forkserver' instead"
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -41,7 +41,9 @@ class Places:
     start: npt.NDArray[np.int64]
     stop: npt.NDArray[np.int64]
     last_row: npt.NDArray[np.int64]
-    names: pa.Array
+    codes: list[tuple[int, int]]
+    shards: pa.Array
+    arrays: pa.Array
     opened: _Opened = field(default_factory=_Opened, repr=False)
 
     @classmethod
@@ -52,14 +54,15 @@ class Places:
             raise StoreFormatError(f"an ok entry of {feature} does not say where its rows lie")
         video = _positions(rows["id"], ids)
         # A video that its table does not have: publishing was cut short between the two files.
-        rows, video = rows.filter(pa.array(video >= 0)), video[video >= 0]
+        if (video < 0).any():
+            rows, video = rows.filter(pa.array(video >= 0)), video[video >= 0]
         start, stop = (rows[name].to_numpy().astype(np.int64) for name in ("row_start", "row_stop"))
         if (start < 0).any() or (stop <= start).any():
             raise StoreFormatError(f"an entry of {feature} has a row range that is none")
-        text = [rows[name].cast(pa.string()) for name in ("shard", "array")]
-        encoded = pc.binary_join_element_wise(*text, "/").combine_chunks().dictionary_encode()
-        code = encoded.indices.to_numpy(zero_copy_only=False)
-        last_row = np.zeros(len(encoded.dictionary), np.int64)
+        shards, arrays = (rows[name].unify_dictionaries().combine_chunks() for name in ("shard", "array"))
+        both = shards.indices.to_numpy().astype(np.int64) * len(arrays.dictionary) + arrays.indices.to_numpy()
+        kinds, code = np.unique(both, return_inverse=True)
+        last_row = np.zeros(len(kinds), np.int64)
         np.maximum.at(last_row, code, stop)
         return cls(
             feature,
@@ -68,13 +71,18 @@ class Places:
             _spread(video, start, len(ids)),
             _spread(video, stop, len(ids)),
             last_row,
-            encoded.dictionary,
+            [(int(kind // len(arrays.dictionary)), int(kind % len(arrays.dictionary))) for kind in kinds],
+            shards.dictionary,
+            arrays.dictionary,
         )
 
     def name(self, code: int) -> tuple[str, str]:
         """The shard and the array that a code stands for; a stranger's names do not lead elsewhere."""
-        shard, _, array = self.names[code].as_py().partition("/")
-        return check_name(shard, "an entry's shard"), check_name(array, "an entry's array")
+        shard, array = self.codes[code]
+        return (
+            check_name(self.shards[shard].as_py(), "an entry's shard"),
+            check_name(self.arrays[array].as_py(), "an entry's array"),
+        )
 
     def row_numbers(self, at: npt.NDArray[np.int64], frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Row numbers in the arrays; ``frames`` are checked against each video's own range."""

@@ -51,7 +51,6 @@ class Store:
         #: ``zarr`` or ``hdf5``.
         self.container = read_mark(self._folder)
         self._reader: RowReader = CONTAINERS[self.container].reader(self._folder)
-        self._places: dict[str, Places] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.url,)
@@ -183,18 +182,20 @@ class Store:
 
     @cached_property
     def _position(self) -> dict[str, int]:
-        return {video: i for i, video in enumerate(self._ids.to_pylist())}
+        return dict(zip(self._ids.to_pylist(), range(len(self._ids)), strict=True))
 
     @cached_property
-    def _place_table(self) -> pa.Table:
-        return read_table(self._folder, ENTRIES, _PLACE_COLUMNS, dictionaries=_PLACE_DICTIONARIES)
+    def _places(self) -> dict[str, Places]:
+        """All features' at once, so that the table, which is larger than they are, need not stay."""
+        entries = read_table(self._folder, ENTRIES, _PLACE_COLUMNS, dictionaries=_PLACE_DICTIONARIES)
+        places = {name: Places.of(name, entries, self._ids) for name in self.features}
+        del entries
+        pa.default_memory_pool().release_unused()
+        return places
 
     def _feature(self, name: str) -> Places:
         check_same_process(self._pid)
-        name = self.resolve(name)
-        if name not in self._places:
-            self._places[name] = Places.of(name, self._place_table, self._ids)
-        return self._places[name]
+        return self._places[self.resolve(name)]
 
     def _at(self, places: Places, videos: Ids) -> npt.NDArray[np.int64]:
         """Positions of videos in :attr:`videos`, all of which have rows of the feature."""

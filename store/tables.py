@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from moclip.errors import FeatureError, StoreFormatError
+from moclip.store.containers import CONTAINERS
 from moclip.store.files import NO_FILE, Folder, check_name, open_folder
 from moclip.store.fold import Fold, fold
 from moclip.store.groups import GROUP, feature_files, feature_json, read_feature, read_mark, store_json
@@ -31,6 +32,8 @@ def create_store(url: str | Path, container: str | None = None) -> None:
     store with the other container.
     """
     folder = open_folder(url)
+    if container not in (None, *CONTAINERS):
+        raise StoreFormatError(f"no store keeps its rows as {container!r}; expected {' or '.join(CONTAINERS)}")
     if not check_place(url, container):
         # First: whoever comes now, or after a kill here, completes the rest.
         folder.create("zarr.json", store_json(container or "zarr"))

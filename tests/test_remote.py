@@ -144,6 +144,7 @@ class TestExtraction:
         assert summary.ok == 8
         assert first_difference(open_store(f"{bucket}/store"), undisturbed) is None
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("without_dask", "impatient")
     @pytest.mark.parametrize(
         ("match", "skip"), [("/features/motion/", 9), ("/receipts/image/", 1), ("entries.parquet", 1)]
@@ -162,10 +163,15 @@ def extract(source, store, container=None, workers=1):
     return jobs.run(jobs.prepare(jobs.Job(source, store, REQUEST, workers=workers, container=container)))
 
 
+def quick_if(fault, faults):
+    """All ``faults``, of which only ``fault`` is tried in the quick part of the tests."""
+    return [pytest.param(each, marks=[] if each == fault else pytest.mark.slow) for each in faults]
+
+
 @pytest.mark.usefixtures("impatient")
 class TestWriting:
     @pytest.mark.usefixtures("asking_twice")
-    @pytest.mark.parametrize("fault", FAULTS)
+    @pytest.mark.parametrize("fault", quick_if("500", FAULTS))
     def test_what_fails_once_is_sent_again(self, s3, root, container, on_disk, fault):
         for match in WRITTEN[container]:
             s3.fail(fault, method="PUT", match=match)
@@ -174,6 +180,7 @@ class TestWriting:
         assert first_difference(open_store(root), on_disk) is None
         assert verify(root) == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("fault", "match"), ALWAYS)
     def test_what_always_fails_is_one_clear_error(self, s3, root, container, on_disk, fault, match):
         s3.fail(fault, math.inf, method="PUT", match=match)
@@ -185,6 +192,7 @@ class TestWriting:
         assert first_difference(open_store(root), on_disk) is None
         assert {problem.kind for problem in verify(root)} <= {"orphan"}
 
+    @pytest.mark.slow
     def test_from_any_request_on_the_storage_may_be_gone(self, s3, root, container, on_disk):
         s3.clear()
         label_and_write(root)
@@ -204,6 +212,7 @@ class TestWriting:
         assert seen == sorted(seen)  # the old shard, and from some request on the new one too
         assert set(seen) == {1, 3}
 
+    @pytest.mark.slow
     def test_a_store_whose_making_failed_is_completed(self, s3, bucket):
         s3.clear()
         new_store(f"{bucket}/whole", "hdf5")
@@ -259,7 +268,7 @@ class TestReading:
     )
 
     @pytest.mark.usefixtures("asking_twice")
-    @pytest.mark.parametrize("fault", [fault for fault in FAULTS if "stored" not in fault])
+    @pytest.mark.parametrize("fault", quick_if("500", [fault for fault in FAULTS if "stored" not in fault]))
     def test_what_fails_once_is_asked_again(self, s3, root, fault):
         s3.clear()
         for method, match in self.READ:
@@ -267,11 +276,13 @@ class TestReading:
         assert shown(root) == {"old"}
         assert [request.fault for request in s3.requests].count(fault) == len(self.READ)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("method", "match"), READ)
     @pytest.mark.parametrize("fault", ["403", "cut_response"])
     def test_what_always_fails_is_no_damage(self, s3, root, fault, method, match):
         self.check_that_it_is_no_damage(s3, root, fault, method, match)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("match", ["videos.parquet", "/first"])
     def test_no_answer_is_no_damage(self, s3, root, match):
         self.check_that_it_is_no_damage(s3, root, "hang", "GET", match)

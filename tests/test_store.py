@@ -3,6 +3,7 @@
 import errno
 import re
 import shutil
+import subprocess
 import sys
 
 import h5py
@@ -208,6 +209,33 @@ def test_receipts_name_every_file_of_their_shard(root):
     assert receipt.versions["tensorstore"]
 
 
+FORKED = """
+import os, sys
+from moclip.errors import FeatureError
+from moclip.store import open_store
+
+store = open_store(sys.argv[1])
+store.read("motion", "a")
+child = os.fork()
+if not child:
+    refused = 0
+    for opened in (lambda: store, lambda: open_store(sys.argv[1])):
+        try:
+            opened().read("motion", "a")
+        except FeatureError:
+            refused += 1
+    os._exit(40 + refused)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(store.read("motion", "a")))
+"""
+
+
+def test_a_forked_child_gets_an_error_whatever_it_opens(root):
+    write_shard(root, "s", {"a": rows_of(0, 3)})
+    publish(root)
+    command = [sys.executable, "-c", FORKED, str(root)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split() == ["42", "3"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_atomic(tmp_path / "f", b"old")
 
@@ -336,7 +364,5 @@ def test_a_specification_changed_by_hand_is_noticed(root):
 
 def test_the_store_knows_no_heavy_library():
     code = "import sys, moclip.store; print(sorted({'torch', 'av', 'dask', 'distributed'} & set(sys.modules)))"
-    import subprocess
-
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

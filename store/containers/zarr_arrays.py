@@ -3,6 +3,7 @@
 tensorstore reads random rows of such arrays tens of times faster than zarr-python; zarr-python reads the same files.
 """
 
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -24,7 +25,7 @@ from moclip.store.containers.rows import (
     first_line,
     row_bytes,
 )
-from moclip.store.files import Folder, write_atomic
+from moclip.store.files import Folder, check_same_process, write_atomic
 from moclip.store.groups import GROUP
 
 #: A Zarr shard is one file. It is also the block that a writer holds in memory before it goes to disk.
@@ -46,6 +47,8 @@ _NO_ANSWER = (
 _CODECS = [["sharding_indexed"], ["bytes", "blosc", "crc32c"], ["bytes", "crc32c"]]
 
 _threads: int | None = None
+#: The process whose tensorstore this is: in one that was forked off it, even a new store would abort.
+_process: int | None = None
 
 
 def limit_threads(threads: int) -> None:
@@ -55,6 +58,9 @@ def limit_threads(threads: int) -> None:
 
 
 def _context(cache_bytes: int, more: Mapping[str, Any] = MappingProxyType({})) -> ts.Context:
+    global _process
+    _process = _process or os.getpid()
+    check_same_process(_process)
     limits = {} if _threads is None else {"limit": _threads}
     names = ("data_copy_concurrency", "file_io_concurrency") if limits else ()
     return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}, **dict.fromkeys(names, limits), **more})
