@@ -60,14 +60,14 @@ def check_place(url: str | Path, container: str | None = None) -> bool:
     :class:`StoreFormatError` if something else is there, or a store with the other container than ``container``.
     """
     folder = open_folder(url)
-    if folder.exists("zarr.json"):
+    # One look: whoever makes a store at this moment writes zarr.json first. Hidden names are unfinished writes.
+    names = folder.children()
+    if "zarr.json" in names:
         there = read_mark(folder)
         if container not in (None, there):
             raise StoreFormatError(f"{folder} keeps its rows as {there}, not as {container}; name another path")
         return True
-    # Hidden names are unfinished writes, of a run that began at the same time or was killed.
-    is_file = folder.local is not None and folder.local.is_file()
-    if is_file or folder.children():
+    if names or (folder.local is not None and folder.local.is_file()):
         raise StoreFormatError(f"{folder} exists and is not a moclip store; name another path")
     return False
 
