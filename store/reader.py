@@ -17,9 +17,8 @@ from moclip.store.containers.rows import RowReader, Rows
 from moclip.store.files import check_same_process, open_folder
 from moclip.store.groups import read_features, read_mark
 from moclip.store.places import Places
-from moclip.store.schema import FeatureSpec
+from moclip.store.schema import VALUE, VALUE_STOP, FeatureSpec
 from moclip.store.tables import ENTRIES, LABELS, VIDEOS, read_classes, read_table
-from moclip.store.writer import VALUE, VALUE_STOP
 
 #: Videos by id, or by position in :attr:`Store.videos`.
 Ids = Sequence[str] | npt.NDArray[np.int64]
@@ -215,12 +214,10 @@ class Store:
         return at
 
     def _dtype(self, feature: str, column: str) -> str:
-        spec = self.features[feature]
-        if column == VALUE_STOP and spec.ragged:
-            return "int64"
-        if column != VALUE and column not in spec.columns:
-            raise FeatureError(f"{feature} has no column {column!r}; it has: {', '.join(spec.columns)}")
-        return spec.dtype if column == VALUE else spec.columns[column]
+        arrays = self.features[feature].arrays
+        if column not in arrays:
+            raise FeatureError(f"{feature} has no column {column!r}; it has: {', '.join(arrays)}")
+        return arrays[column]
 
     def _rows(self, places: Places, code: int, column: str) -> Rows:
         if (code, column) not in places.opened:

@@ -58,6 +58,11 @@ LABEL_FIELDS = (
 
 BYTE_AXIS = "byte"
 
+#: The array of each group that holds the rows themselves; the others are the specification's columns.
+VALUE = "value"
+#: Of ragged rows, ``value`` holds the bytes of all, one after the other, and this column where each row stops in it.
+VALUE_STOP = "value_stop"
+
 #: A stranger's specification names one of these, or is refused.
 _DTYPES = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)} | {"float16", "float32", "float64"}
 
@@ -106,7 +111,7 @@ class FeatureSpec:
             if dtype not in _DTYPES:
                 raise StoreFormatError(f"dtype {dtype!r} of feature kind {self.kind!r} is not a plain number")
         for name in self.columns:
-            if not name.isidentifier():
+            if not name.isidentifier() or name in (VALUE, VALUE_STOP):
                 raise StoreFormatError(f"column {name!r} of feature kind {self.kind!r} is not a plain name")
         if self.ragged and self.dtype != "uint8":
             raise StoreFormatError(f"rows of bytes have dtype uint8, not {self.dtype}, in feature kind {self.kind!r}")
@@ -115,6 +120,11 @@ class FeatureSpec:
     def ragged(self) -> bool:
         """Whether each row is a run of bytes of its own length."""
         return self.axes == (BYTE_AXIS,)
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """What each group of the feature's rows holds, name to dtype."""
+        return {VALUE: self.dtype, **({VALUE_STOP: "int64"} if self.ragged else {}), **self.columns}
 
     @property
     def digest(self) -> str:

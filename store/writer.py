@@ -20,12 +20,8 @@ from moclip.store.containers.rows import RowWriter
 from moclip.store.files import LocalFolder, check_name, open_folder, sha256_of
 from moclip.store.groups import read_mark
 from moclip.store.receipts import Entry, Receipt, write_receipt
-from moclip.store.schema import FORMAT, FeatureSpec, SourceFacts
+from moclip.store.schema import FORMAT, VALUE, VALUE_STOP, FeatureSpec, SourceFacts
 
-#: The array of each group that holds the rows themselves; the others are the specification's columns.
-VALUE = "value"
-#: Of ragged rows, ``value`` holds the bytes of all, one after the other, and this column where each row stops in it.
-VALUE_STOP = "value_stop"
 BYTES_ARRAY = "bytes"
 
 
@@ -153,10 +149,10 @@ class ShardWriter:
 
     def _new_arrays(self, array: str, row_shape: tuple[int, ...]) -> dict[str, RowWriter]:
         axes = self._spec.axes if len(self._spec.axes) == len(row_shape) else ()
-        columns = {**self._spec.columns, **({VALUE_STOP: "int64"} if self._spec.ragged else {})}
+        shapes = {VALUE: (row_shape, axes)}
         return {
-            VALUE: self._files.new_array(array, VALUE, self._spec.dtype, row_shape, axes),
-            **{name: self._files.new_array(array, name, dtype, (), ()) for name, dtype in columns.items()},
+            name: self._files.new_array(array, name, dtype, *shapes.get(name, ((), ())))
+            for name, dtype in self._spec.arrays.items()
         }
 
     def _close(self, facts: SourceFacts, entry: Entry) -> None:

@@ -24,7 +24,7 @@ from moclip.pipeline.extract.plan import make_plan
 from moclip.pipeline.extract.shard import Extraction
 from moclip.pipeline.extract.sources import list_sources
 from moclip.pipeline.extract.tasks import ShardTask, Totals
-from moclip.store import add_feature, create_store, failed_entries, first_difference, open_store, publish
+from moclip.store import add_feature, create_store, failed_entries, first_difference, open_store, publish, write_labels
 
 EMBEDDING = "embedding-test-vit-"
 
@@ -187,6 +187,20 @@ def test_a_feature_is_added_beside_what_is_there(tmp_path, corpus, request_, und
     extract(corpus, store, FeatureRequest(kinds=("motion",), cell=16, rename="motion-16"))
     assert open_store(store).read("motion-16", "left/clip_g00_c01").shape[1:] == (2, 6, 8)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_labels_that_another_run_wrote_over_come_back(tmp_path, corpus, monkeypatch, run_tasks_here):
+    store = tmp_path / "store.zarr"
+
+    def run(self, tasks, work, report):
+        write_labels(store, open_store(store).labels[:0], [])
+        run_tasks_here(self, tasks, work, report)
+
+    monkeypatch.setattr(Cluster, "run", run)
+    extract(corpus, store, FeatureRequest(kinds=("motion",)))
+    labels = open_store(store).labels["label"].to_pylist()
+    assert len(labels) == len(list_sources(corpus).videos)
+    assert sorted(set(labels)) == sorted(open_store(store).classes) != []
 
 
 @pytest.mark.usefixtures("without_dask")

@@ -96,6 +96,8 @@ def run(prepared: Prepared, on_progress: Report = lambda _: None) -> Summary:
             prepared.cluster.run(prepared.plan.tasks, work, totals.update)
     finally:
         publish(job.store)
+        # A bucket has no locks: what a run that began at the same time wrote over is filled in again.
+        label_new(job.store, prepared.sources.videos, prepared.sources.classes, explicit=False)
     ids = {source.id for source in prepared.sources.videos}
     summary = summarise(open_store(job.store), prepared.config.features.keys(), ids, totals.sum)
     failed = summary.failed_videos

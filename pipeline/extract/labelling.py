@@ -65,7 +65,9 @@ def _label_new(opened: Store, sources: Sequence[VideoSource], classes: Sequence[
     labels = table["label"].to_pylist()
     used = {*labels, *classes}
     first = [name for name in dict.fromkeys(order) if name in used]
-    write_labels(opened.url, table, list(class_order(labels, first)))
+    ordered = list(class_order(labels, first))
+    if not (table.equals(there) and ordered == opened.classes):
+        write_labels(opened.url, table, ordered)
 
 
 def _filled_from(known: pa.Table, new: pa.Table) -> pa.Table:

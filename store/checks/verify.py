@@ -22,8 +22,8 @@ from moclip.store.fold import fold_receipts
 from moclip.store.groups import GROUP, feature_json, read_feature, read_mark, store_json
 from moclip.store.parquet import parquet_bytes
 from moclip.store.receipts import ReadReceipt, list_receipts, read_receipt
+from moclip.store.schema import VALUE
 from moclip.store.tables import CATALOGUE, ENTRIES, LABELS, VIDEOS, read_catalogue, read_classes, read_table
-from moclip.store.writer import VALUE, VALUE_STOP
 
 _THREADS = 8
 _BLOCK_BYTES = 2**20
@@ -232,7 +232,8 @@ class Examination:
     def _check_ranges(self, receipt: ReadReceipt) -> None:
         reader = self._reader(container_of(receipt))
         spec, shard = receipt.specification, f"features/{receipt.feature}/{receipt.shard}"
-        columns = {**({VALUE_STOP: "int64"} if spec.ragged else {VALUE: spec.dtype}), **spec.columns}
+        # The bytes of ragged rows are counted by value_stop, not by entries.
+        columns = {name: dtype for name, dtype in spec.arrays.items() if name != VALUE or not spec.ragged}
         try:
             for array, rows in _last_rows(receipt):
                 for column, dtype in columns.items():

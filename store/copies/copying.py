@@ -17,8 +17,8 @@ from moclip.store.containers.rows import Pending, Rows, row_bytes
 from moclip.store.files import Folder, check_name, open_folder
 from moclip.store.groups import read_mark
 from moclip.store.receipts import Entry, Receipt
-from moclip.store.schema import FeatureSpec, SourceFacts
-from moclip.store.writer import VALUE, VALUE_STOP, ShardWriter
+from moclip.store.schema import VALUE, VALUE_STOP, FeatureSpec, SourceFacts
+from moclip.store.writer import ShardWriter
 
 #: A film's rows do not fit in memory: they come in blocks of about this size.
 BLOCK_BYTES = 16 * 2**20
@@ -109,8 +109,7 @@ class RowSource:
 
     def _open_anew(self, shard: str, array: str, column: str, needed: int) -> Rows:
         name = f"features/{self._feature}/{check_name(shard, 'a shard')}"
-        dtypes = {VALUE: self._spec.dtype, VALUE_STOP: "int64"} | dict(self._spec.columns)
-        return self._reader.open(name, check_name(array, "an array"), column, dtypes[column], needed)
+        return self._reader.open(name, check_name(array, "an array"), column, self._spec.arrays[column], needed)
 
 
 def _regular(columns: Mapping[str, Rows], start: int, stop: int, size: int) -> Iterator[StartedBlock]:

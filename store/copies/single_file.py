@@ -22,8 +22,7 @@ from moclip.store.copies.selection import EVERYTHING, Selection, select
 from moclip.store.copies.sharing import export_store
 from moclip.store.files import open_folder
 from moclip.store.reader import Store, open_store
-from moclip.store.schema import FORMAT, FeatureSpec
-from moclip.store.writer import VALUE, VALUE_STOP
+from moclip.store.schema import FORMAT, VALUE, VALUE_STOP, FeatureSpec
 
 _TEXT = h5py.string_dtype()
 #: Names at the top of the file that are no features.
