@@ -324,7 +324,9 @@ def test_shards_are_bounded_and_in_id_order(tmp_path, corpus):
 
 
 def start_cli(*arguments):
-    code = "from moclip.cli import main; main()"
+    # Where the tests run in the background, a shell has told them to ignore Ctrl-C, and children inherit that.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{hear}; from moclip.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
