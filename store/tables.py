@@ -94,11 +94,11 @@ def is_added(url: str | Path, name: str, spec: FeatureSpec) -> bool:
     return True
 
 
-def spec_difference(there: FeatureSpec, here: FeatureSpec) -> str:
-    """In words, what differs between two specifications."""
+def spec_difference(there: FeatureSpec, here: FeatureSpec, places: tuple[str, str] = ("there", "asked for")) -> str:
+    """In words, what differs between two specifications; ``places`` is what to call where they are from."""
     old, new = _flat(there.to_json()), _flat(here.to_json())
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    return "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} asked for" for key in changed[:4])
+    return "; ".join(f"{key}: {old.get(key)} {places[0]}, {new.get(key)} {places[1]}" for key in changed[:4])
 
 
 def _flat(spec: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,11 @@ def test_diff_of_a_store_with_itself_and_with_another(store, tmp_path):
     same = run("diff", store, copy)
     assert same.exit_code == 0, same.output
     assert same.output.splitlines()[-1].startswith("MATCH: ")
+    part = tmp_path / "part.zarr"
+    assert run("export", store, part, "--label", CLASSES[0], "--feature", "motion-accumulated").exit_code == 0
+    within = run("diff", store, part)
+    assert within.exit_code == 0
+    assert within.output.splitlines()[-1].startswith("MATCH in what both have: ")
     other = write_store(tmp_path / "other.zarr", corpus(), seed=1)
     differs = run("diff", store, other)
     assert differs.exit_code == 1

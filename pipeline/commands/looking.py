@@ -11,7 +11,7 @@ import click
 from moclip.pipeline.commands.console import STORE, count, one_line, progress, say, shown, size
 
 if TYPE_CHECKING:
-    from moclip.store import FeatureComparison, FeatureInfo, Repaired, StoreInfo
+    from moclip.store import Comparison, FeatureComparison, FeatureInfo, Repaired, StoreInfo
 
 
 @click.command()
@@ -92,7 +92,8 @@ def diff(a: str, b: str, as_json: bool) -> None:
     """Do features made elsewhere match mine? Compares two stores' specifications and rows.
 
     Rows match when they are equal bit for bit; embeddings also when their cosines are at least 0.99999, which is
-    what the same frame gives in another batch. The exit code is 0 where everything matches, else 1.
+    what the same frame gives in another batch. What only one store has is named and is no mismatch. The exit code
+    is 0 for a match, else 1.
 
     \b
     Example:
@@ -111,11 +112,19 @@ def diff(a: str, b: str, as_json: bool) -> None:
         lines = list(differences(found))
         for line in lines:
             say(f"  {line}")
-        values = bool(found.features) and all(feature.values_match for feature in found.features)
-        verdict = "MATCH" if found.matches else "NO MATCH, but the rows that both have do" if values else "NO MATCH"
-        say(f"{verdict}: {found.a} and {found.b}, {count(len(found.features), 'feature')} in both")
+        say(f"{_verdict(found)}: {found.a} and {found.b}, {count(len(found.features), 'feature')} in both")
     if not found.matches:
         sys.exit(1)
+
+
+def _verdict(found: "Comparison") -> str:
+    if found.identical:
+        return "MATCH"
+    if found.matches:
+        return "MATCH in what both have"
+    if found.features and all(feature.values_match for feature in found.features):
+        return "NO MATCH, though the rows that both have are the same"
+    return "NO MATCH"
 
 
 def _print_comparison(feature: "FeatureComparison") -> None:

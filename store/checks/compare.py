@@ -61,7 +61,13 @@ class FeatureComparison:
 
     @property
     def matches(self) -> bool:
-        return self.values_match and not (self.specification or self.only_a or self.only_b or self.status)
+        """Whether what both stores have is the same, and means the same."""
+        return self.values_match and not (self.specification or self.status)
+
+    @property
+    def identical(self) -> bool:
+        """Whether it matches and neither store has more."""
+        return self.matches and not (self.only_a or self.only_b)
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,21 @@ class Comparison:
 
     @property
     def matches(self) -> bool:
-        return bool(self.features) and all(f.matches for f in self.features) and not (self.missing_a or self.missing_b)
+        """Whether there is something that both stores have, and all of it is the same."""
+        return bool(self.features) and all(feature.matches for feature in self.features)
+
+    @property
+    def identical(self) -> bool:
+        """Whether the stores match and neither has more."""
+        more = self.missing_a or self.missing_b
+        return self.matches and not more and all(feature.identical for feature in self.features)
 
     def to_json(self) -> dict[str, Any]:
-        features = [{**asdict(f), "values_match": f.values_match, "matches": f.matches} for f in self.features]
-        return {**asdict(self), "features": features, "matches": self.matches}
+        features = [
+            {**asdict(f), "values_match": f.values_match, "matches": f.matches, "identical": f.identical}
+            for f in self.features
+        ]
+        return {**asdict(self), "features": features, "matches": self.matches, "identical": self.identical}
 
 
 def compare(a: Store, b: Store, report: Callable[[int], None] = lambda videos: None) -> Comparison:
@@ -116,7 +132,7 @@ def _compare_feature(a: Store, b: Store, name: str, report: Callable[[int], None
     return FeatureComparison(
         feature=name,
         embedding=spec.kind == "embedding",
-        specification="" if same_spec else spec_difference(spec, b.features[name]),
+        specification="" if same_spec else spec_difference(spec, b.features[name], ("in the first", "in the second")),
         only_a=len(left) - len(paired),
         only_b=len(right) - len(paired),
         status=len(paired) - _true(same_status),
