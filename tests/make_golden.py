@@ -5,6 +5,7 @@ that a reader in any language can be checked against them.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,23 @@ SPECS = {
         ("byte",),
     ),
 }
-#: id: frames, grid. The second video of `motion` failed; ids may hold anything.
-VIDEOS = {"a/one": (5, (2, 3)), "b/zwei é": (0, None), "c/../three\n": (7, (2, 3)), "d/four": (4, (3, 3))}
+#: id: frames, grid. The second video of `motion` failed; ids may hold anything; the last one spans several chunks.
+VIDEOS = {
+    "a/one": (5, (2, 3)),
+    "b/zwei é": (0, None),
+    "c/../three\n": (7, (2, 3)),
+    "d/four": (4, (3, 3)),
+    "e": (1500, (2, 3)),
+}
+#: Beside the shard that counts (golden-1) are two whose entries do not: golden-0 has rows of an earlier file of the
+#: third video, which had another size; golden-2 is newer, and the first video failed there.
+LOSING = "golden-0"
 
 
 def motion(video: int, frames: int, grid: tuple[int, int]) -> np.ndarray:
-    """Row f, axis a, cell (y, x) is 1000 video + 100 f + 10 a + 3 y - x."""
+    """Row f, axis a, cell (y, x) is (1000 video + 100 f + 10 a + 3 y - x) modulo 30000."""
     f, a, y, x = np.indices((frames, 2, *grid))
-    return (1000 * video + 100 * f + 10 * a + 3 * y - x).astype(np.int16)
+    return ((1000 * video + 100 * f + 10 * a + 3 * y - x) % 30000).astype(np.int16)
 
 
 def embedding(video: int) -> np.ndarray:
@@ -76,6 +86,23 @@ def picture_types(rows: int) -> np.ndarray:
     return np.where(np.arange(rows) % 4 == 0, 1, 2).astype(np.uint8)
 
 
+def facts_of(number: int, frames: int) -> SourceFacts:
+    return SourceFacts(
+        id=list(VIDEOS)[number],
+        path=f"{number}.avi",
+        bytes=1000 + number,
+        content_hash=f"{number:064x}",
+        codec="mpeg4",
+        width=24,
+        height=16,
+        fps=25.0,
+        frames=frames,
+        duration_s=frames / 25,
+        corrupt_frames=0,
+        extra={"year": 2000 + number},
+    )
+
+
 def make(container: str) -> None:
     root = GOLDEN / f"format1-{container}"
     shutil.rmtree(root, ignore_errors=True)
@@ -84,21 +111,12 @@ def make(container: str) -> None:
     for name, spec in SPECS.items():
         add_feature(root, name, spec)
         writers[name] = ShardWriter(root, feature=name, spec=spec, shard="golden-1")
-    for number, (video, (frames, grid)) in enumerate(VIDEOS.items()):
-        facts = SourceFacts(
-            id=video,
-            path=f"{number}.avi",
-            bytes=1000 + number,
-            content_hash=f"{number:064x}",
-            codec="mpeg4",
-            width=24,
-            height=16,
-            fps=25.0,
-            frames=frames,
-            duration_s=frames / 25,
-            corrupt_frames=0,
-            extra={"year": 2000 + number},
-        )
+    losing = ShardWriter(root, feature="motion", spec=SPECS["motion"], shard=LOSING)
+    losing.append(motion(9, 3, (2, 3)), pts_seconds=seconds(3), picture_type=picture_types(3))
+    losing.ok(replace(facts_of(2, 3), id="c/../three\n", bytes=999))
+    losing.finish()
+    for number, (frames, grid) in enumerate(VIDEOS.values()):
+        facts = facts_of(number, frames)
         if grid is None:
             writers["motion"].fail(facts, "no_vectors", "the stream has none")
         else:
@@ -111,12 +129,15 @@ def make(container: str) -> None:
         writers["image"].ok(facts)
     for writer in writers.values():
         writer.finish()
+    newer = ShardWriter(root, feature="motion", spec=SPECS["motion"], shard="golden-2")
+    newer.fail(facts_of(0, 5), "truncated", "a second try that found less")
+    newer.finish()
     publish(root)
     labels = {
         "id": list(VIDEOS),
-        "label": ["up", "down", None, "up"],
-        "group": ["g1", "g1", "g2", None],
-        "split_1": ["train", "train", None, "test"],
+        "label": ["up", "down", None, "up", "down"],
+        "group": ["g1", "g1", "g2", None, None],
+        "split_1": ["train", "train", None, "test", "test"],
     }
     write_labels(
         root, pa.table({name: pa.array(values, pa.string()) for name, values in labels.items()}), ["up", "down"]

@@ -26,9 +26,9 @@ def test_rows_are_those_of_the_formulas(golden):
 def test_tables_are_those_that_were_written(golden):
     assert golden.features == SPECS
     assert golden.videos["id"].to_pylist() == sorted(VIDEOS)
-    assert golden.videos["year"].to_pylist() == [2000, 2001, 2002, 2003]
+    assert golden.videos["year"].to_pylist() == [2000, 2001, 2002, 2003, 2004]
     assert golden.classes == ["up", "down"]
-    assert golden.labels["split_1"].to_pylist() == ["train", "train", None, "test"]
+    assert golden.labels["split_1"].to_pylist() == ["train", "train", None, "test", "test"]
     assert [(row["id"], row["reason"]) for row in failed_entries(golden)] == [("b/zwei é", "no_vectors")]
 
 
