@@ -21,9 +21,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except MoclipError as error:
-            raise click.ClickException(one_line(str(error))) from error
-        except ConnectionError as error:
+        except (MoclipError, ConnectionError) as error:
             raise click.ClickException(one_line(str(error))) from error
         except OSError as error:
             raise click.ClickException(f"the operating system says: {one_line(str(error))}") from error

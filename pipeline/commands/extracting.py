@@ -155,19 +155,27 @@ def _print_plan(prepared: "Prepared") -> None:
         click.echo(f"  {prepared.unmatched} videos of the split lists are not in the source")
     if plan.done:
         click.echo(f"  {plan.done} have everything already")
-    if plan.failed_before and not prepared.job.retry_failed:
-        click.echo(
-            f"  {len(plan.failed_before)} failed before ({shown(plan.failed_before)}); --retry-failed tries again"
-        )
+    _print_failed_before(prepared)
     if plan.changed:
         click.echo(
             f"  {len(plan.changed)} have another size now and are left alone ({shown(plan.changed)}); "
             "--replace-changed extracts them again, if all features that they have are asked for"
         )
+    _print_work(prepared)
+
+
+def _print_failed_before(prepared: "Prepared | PreparedEmbed") -> None:
+    failed = prepared.plan.failed_before
+    if failed and not prepared.job.retry_failed:
+        click.echo(f"  {len(failed)} failed before ({shown(failed)}); --retry-failed tries again")
+
+
+def _print_work(prepared: "Prepared | PreparedEmbed") -> None:
+    plan, cluster = prepared.plan, prepared.cluster
     if not plan.tasks:
         click.echo("  nothing to do")
         return
-    where = prepared.job.scheduler or f"{prepared.workers} workers"
+    where = cluster.scheduler or f"{cluster.workers} workers"
     click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {where}")
 
 
@@ -235,17 +243,10 @@ def _print_embed_plan(prepared: "PreparedEmbed") -> None:
     say(f"{prepared.feature} from {prepared.images} of {prepared.job.store}")
     if plan.done:
         click.echo(f"  {len(plan.done)} videos have it already")
-    if plan.failed_before and not prepared.job.retry_failed:
-        click.echo(
-            f"  {len(plan.failed_before)} failed before ({shown(plan.failed_before)}); --retry-failed tries again"
-        )
+    _print_failed_before(prepared)
     if plan.without_images:
         click.echo(f"  {len(plan.without_images)} have no stored images ({shown(plan.without_images)})")
-    if not plan.tasks:
-        click.echo("  nothing to do")
-        return
-    where = prepared.cluster.scheduler or f"{prepared.cluster.workers} workers"
-    click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {where}")
+    _print_work(prepared)
 
 
 @click.command()

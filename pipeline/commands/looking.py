@@ -63,14 +63,14 @@ def _print_feature(feature: "FeatureInfo") -> None:
 
 def _words(parameters: Mapping[str, Any]) -> str:
     """``name value, …``, with what is nested in brackets."""
-    shown: list[str] = []
+    words: list[str] = []
     for name, value in parameters.items():
         if isinstance(value, Mapping):
             value = f"({_words(value)})"
         if isinstance(value, list):
             value = str(value[0]) if len(value) == 1 else f"({', '.join(str(item) for item in value)})"
-        shown += [f"{name} {value}"] if value is not None else []
-    return ", ".join(shown)
+        words += [f"{name} {value}"] if value is not None else []
+    return ", ".join(words)
 
 
 def _print_failed(entries: list[dict[str, Any]], most: int = 20) -> None:

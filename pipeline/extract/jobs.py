@@ -43,10 +43,6 @@ class Prepared:
     cluster: Cluster
     unmatched: int
 
-    @property
-    def workers(self) -> int:
-        return self.cluster.workers
-
 
 def prepare(job: Job) -> Prepared:
     """List the sources, load the encoder, and plan; raises before any video is decoded."""
