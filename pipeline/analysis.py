@@ -9,7 +9,7 @@
     video = analysis.video_dataset(store, "v_0001")
     video["motion"].sel(displacement="x").std("frame").plot()         # where it moves sideways
 
-pandas and xarray come with ``pip install "moclip[analysis]"`` and are imported when they are needed.
+pandas and xarray come with ``pip install xarray pandas`` (the extra [analysis]) and are imported when they are needed.
 """
 
 import importlib
@@ -135,7 +135,7 @@ def _needs(library: str) -> Any:
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise ImportError(f'{library} is not installed; `pip install "moclip[analysis]"` brings it') from error
+        raise ImportError(f"{library} is not installed; `pip install xarray pandas` brings what is needed") from error
 
 
 def _chosen(store: Store, feature: str, videos: Sequence[str] | None) -> tuple[str, list[str]]:

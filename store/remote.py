@@ -89,7 +89,8 @@ class RemoteFolder(Folder):
         try:
             self._fs = _s3() if self._scheme == "s3" else fsspec.filesystem("gs", use_listings_cache=False)
         except ImportError as error:
-            raise StoreFormatError(f'{url}: install what it needs with pip install "moclip[{self._scheme}]"') from error
+            library = {"s3": "s3fs", "gs": "gcsfs"}[self._scheme]
+            raise StoreFormatError(f"{url} needs {library}; `pip install {library}` brings it") from error
 
     @property
     def local(self) -> None:
