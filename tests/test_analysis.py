@@ -183,7 +183,7 @@ class TestRowIndex:
 
     def test_without_pandas_it_says_what_to_install(self, store, monkeypatch):
         monkeypatch.setitem(sys.modules, "pandas", None)
-        with pytest.raises(ImportError, match=r"pip install \"moclip\[analysis\]\""):
+        with pytest.raises(ImportError, match="pip install xarray pandas"):
             analysis.row_index(store, "motion")
 
 
