@@ -8,7 +8,7 @@ import pytest
 from s3 import bucket, s3, s3_server  # noqa: F401
 from shards import SPEC
 
-from moclip.pipeline.extract.cluster import Cluster
+from moclip.pipeline.extract import schedule
 from moclip.store import add_feature, create_store
 
 
@@ -16,7 +16,7 @@ from moclip.store import add_feature, create_store
 def run_tasks_here():
     """In place of Dask: a job's tasks, one after the other, for tests of everything but the processes."""
 
-    def run(self, tasks, work, report):
+    def run(cluster, tasks, work, report):
         for task in tasks:
             report(work.run(task, report))
 
@@ -25,7 +25,7 @@ def run_tasks_here():
 
 @pytest.fixture
 def without_dask(monkeypatch, run_tasks_here):
-    monkeypatch.setattr(Cluster, "run", run_tasks_here)
+    monkeypatch.setattr(schedule, "run_tasks", run_tasks_here)
 
 
 @pytest.fixture(scope="session")

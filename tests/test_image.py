@@ -15,12 +15,12 @@ from PIL import Image
 
 from moclip.errors import EncoderError, FeatureError, SourceError, VideoError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
-from moclip.pipeline.extract import embedding, features, jobs, reembed, shard
-from moclip.pipeline.extract.cluster import Cluster, take_result
+from moclip.pipeline.extract import embedding, features, jobs, reembed, schedule, shard
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.image import decode_jpeg, encode_jpeg, fitted, image_spec
 from moclip.pipeline.extract.plan import cut
 from moclip.pipeline.extract.reembed import EmbedJob, Reembedding
+from moclip.pipeline.extract.schedule import take_result
 from moclip.pipeline.extract.tasks import ShardTask
 from moclip.store import (
     ShardWriter,
@@ -57,7 +57,7 @@ def extracted(tmp_path_factory, encoder, run_tasks_here):
     table.write_text("\n".join([*lines, "text.avi,y,,"]) + "\n")
     request = FeatureRequest(kinds=("image", "motion", "embedding"), frames="uniform:3", encoder=encoder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cluster, "run", run_tasks_here)
+        patch.setattr(schedule, "run_tasks", run_tasks_here)
         jobs.run(jobs.prepare(jobs.Job(table, folder / "store.zarr", request, workers=1)))
     for clip in folder.glob("*.avi"):
         clip.unlink()
@@ -225,7 +225,7 @@ class TestEmbed:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(Cluster, "run", stop)
+            patch.setattr(schedule, "run_tasks", stop)
             with pytest.raises(KeyboardInterrupt):
                 reembed.run(again)
         assert len(open_store(store).ids("embedding-new")) == 2 + len(again.plan.tasks[0].videos)
@@ -336,7 +336,7 @@ def test_processes_of_dask_make_the_same_embeddings(tmp_path, extracted, encoder
     summary = reembed.run(prepared, seen.append)
     assert (summary.videos, summary.frames, summary.ok) == (6, 18, 6)
     assert seen[-1].frames == 18
-    monkeypatch.setattr(Cluster, "run", run_tasks_here)
+    monkeypatch.setattr(schedule, "run_tasks", run_tasks_here)
     embed(two, encoder)
     assert first_difference(open_store(one), open_store(two)) is None
 

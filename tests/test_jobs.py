@@ -17,10 +17,10 @@ from distributed import KilledWorker, LocalCluster
 
 from moclip.errors import EncoderError, FeatureError, SourceError, TooManyFailuresError
 from moclip.pipeline.backbones import EncoderConfig
-from moclip.pipeline.extract import jobs
-from moclip.pipeline.extract.cluster import Cluster, take_result
+from moclip.pipeline.extract import jobs, schedule
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.plan import make_plan
+from moclip.pipeline.extract.schedule import take_result
 from moclip.pipeline.extract.shard import Extraction
 from moclip.pipeline.extract.sources import list_sources
 from moclip.pipeline.extract.tasks import ShardTask, Totals
@@ -67,7 +67,7 @@ def undisturbed(tmp_path_factory, corpus, weights, run_tasks_here):
     """All features of the corpus, made without Dask."""
     store = tmp_path_factory.mktemp("undisturbed") / "store.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cluster, "run", run_tasks_here)
+        patch.setattr(schedule, "run_tasks", run_tasks_here)
         extract(corpus, store, FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(weights))))
     return store
 
@@ -196,7 +196,7 @@ def test_labels_that_another_run_wrote_over_come_back(tmp_path, corpus, monkeypa
         write_labels(store, open_store(store).labels[:0], [])
         run_tasks_here(self, tasks, work, report)
 
-    monkeypatch.setattr(Cluster, "run", run)
+    monkeypatch.setattr(schedule, "run_tasks", run)
     extract(corpus, store, FeatureRequest(kinds=("motion",)))
     labels = open_store(store).labels["label"].to_pylist()
     assert len(labels) == len(list_sources(corpus).videos)
@@ -359,7 +359,7 @@ def long_corpus(tmp_path_factory):
 def long_undisturbed(tmp_path_factory, long_corpus, run_tasks_here):
     store = tmp_path_factory.mktemp("long-undisturbed") / "store.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cluster, "run", run_tasks_here)
+        patch.setattr(schedule, "run_tasks", run_tasks_here)
         extract(long_corpus, store, FeatureRequest(encoder=None))
     return store
 

@@ -30,7 +30,7 @@ ROOMS = {
 LIBRARIES = {
     "av": {"moclip.pipeline.extract"},
     "dask": {"moclip.pipeline.analysis", "moclip.pipeline.extract.cluster"},
-    "distributed": {"moclip.pipeline.extract.cluster"},
+    "distributed": {"moclip.pipeline.extract.cluster", "moclip.pipeline.extract.schedule"},
     "fsspec": {"moclip.store.remote"},
     "h5py": {"moclip.store.containers.hdf5", "moclip.store.copies.single_file"},
     "tensorstore": {"moclip.store.containers.zarr_arrays"},

@@ -13,8 +13,7 @@ from s3 import Fault, forget_clients
 from shards import SPEC, rows_of, write_shard
 
 from moclip.errors import StoreFormatError, StoreNotFoundError
-from moclip.pipeline.extract import jobs
-from moclip.pipeline.extract.cluster import Cluster
+from moclip.pipeline.extract import jobs, schedule
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.labelling import label_store
 from moclip.store import (
@@ -110,7 +109,7 @@ def corpus(tmp_path_factory):
 def undisturbed(tmp_path_factory, corpus, run_tasks_here):
     store = tmp_path_factory.mktemp("undisturbed") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cluster, "run", run_tasks_here)
+        patch.setattr(schedule, "run_tasks", run_tasks_here)
         extract(corpus, store)
     return open_store(store)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moclip.errors import SourceError, TooManyFailuresError
+from moclip.pipeline.extract import schedule
 from moclip.pipeline.extract.cluster import Cluster
 from moclip.pipeline.extract.features import ExtractConfig, FeatureRequest, resolve
 from moclip.pipeline.extract.labelling import label_new
@@ -89,7 +90,7 @@ def run(prepared: Prepared, on_progress: Report = lambda _: None) -> Summary:
     work = Extraction(open_store(job.store).url, prepared.config)
     try:
         if prepared.plan.tasks:
-            prepared.cluster.run(prepared.plan.tasks, work, totals.update)
+            schedule.run_tasks(prepared.cluster, prepared.plan.tasks, work, totals.update)
     finally:
         publish(job.store)
         # A bucket has no locks: what a run that began at the same time wrote over is filled in again.

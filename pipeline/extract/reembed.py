@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from moclip.errors import FeatureError, StoreFormatError, VideoError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
+from moclip.pipeline.extract import schedule
 from moclip.pipeline.extract.cluster import Cluster
 from moclip.pipeline.extract.embedding import EmbeddingQueue, cap_threads, worker_encoder
 from moclip.pipeline.extract.image import decode_jpeg
@@ -112,7 +113,7 @@ def run(prepared: PreparedEmbed, on_progress: Report = lambda _: None) -> Summar
     work = Reembedding.of(prepared)
     try:
         if prepared.plan.tasks:
-            prepared.cluster.run(prepared.plan.tasks, work, totals.update)
+            schedule.run_tasks(prepared.cluster, prepared.plan.tasks, work, totals.update)
     finally:
         publish(job.store)
     store = open_store(job.store)
