@@ -47,6 +47,8 @@ def main(verbose: bool) -> None:
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("moclip").setLevel(logging.INFO if verbose else logging.WARNING)
+    # Where a job runs, and how to watch it, is always said.
+    logging.getLogger("moclip.pipeline.extract.cluster").setLevel(logging.INFO)
 
 
 @main.command()

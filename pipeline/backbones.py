@@ -61,21 +61,41 @@ class Encoder:
     preprocessing: Mapping[str, Any]
     device: str
     _model: Any
-    _transform: Callable[[Any], "torch.Tensor"]
+    _transform: "_Transform"
     _tokenizer: Callable[[list[str]], "torch.Tensor"] | None
 
+    @property
+    def batch(self) -> int:
+        """How many images go through the encoder at once."""
+        return 256 if self.device.startswith("cuda") else 32
+
     def prepare(self, rgb: npt.NDArray[np.uint8]) -> "torch.Tensor":
-        """One frame, (H, W, 3) uint8, through the library's own transform: (3, S, S) float32."""
+        """One frame, (H, W, 3) uint8, resized and cropped by the library's own transform: (3, S, S) uint8.
+
+        (float32, and normalised already, where that transform does not end with the usual steps.)
+        """
         from PIL import Image
 
-        return self._transform(Image.fromarray(rgb))
+        return self._transform.shape(Image.fromarray(rgb))
+
+    def normalised(self, batch: "torch.Tensor") -> "torch.Tensor":
+        """Prepared frames (n, 3, S, S) as the model sees them: float32 on its device."""
+        if self.device.startswith("cuda"):
+            batch = batch.pin_memory()
+        return self._transform.normalise(batch.to(self.device, non_blocking=True))
 
     def encode(self, batch: "torch.Tensor") -> npt.NDArray[np.float32]:
-        """Prepared frames (n, 3, S, S) to embeddings (n, dim), not normalised."""
+        """Prepared frames (n, 3, S, S) to embeddings (n, dim), not normalised.
+
+        On a GPU, matrix products are in float16 (torch's autocast).
+        """
         import torch
 
-        with torch.inference_mode():
-            images = batch.to(self.device)
+        on_gpu = self.device.startswith("cuda")
+        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=on_gpu):
+            images = self.normalised(batch)
+            if on_gpu:
+                images = images.contiguous(memory_format=torch.channels_last)
             rows = self._model(images) if self._tokenizer is None else self._model.encode_image(images)
         return _rows(rows)
 
@@ -108,6 +128,37 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class _Transform:
+    """A library's transform in two parts: pixels are moved as bytes, and become numbers where the model is."""
+
+    shape: Callable[[Any], "torch.Tensor"]
+    mean: "torch.Tensor | None" = None
+    std: "torch.Tensor | None" = None
+
+    @classmethod
+    def of(cls, transform: Any) -> "_Transform":
+        from torchvision import transforms
+
+        *steps, to_tensor, normalise = transform.transforms
+        if not isinstance(to_tensor, transforms.ToTensor) or not isinstance(normalise, transforms.Normalize):
+            return cls(transform)
+        mean, std = (_channels(values) for values in (normalise.mean, normalise.std))
+        return cls(transforms.Compose([*steps, transforms.PILToTensor()]), mean, std)
+
+    def normalise(self, batch: "torch.Tensor") -> "torch.Tensor":
+        """The rest of the transform, with the library's own arithmetic."""
+        if self.mean is None or self.std is None:
+            return batch
+        return batch.float().div(255).sub_(self.mean.to(batch.device)).div_(self.std.to(batch.device))
+
+
+def _channels(values: Any) -> "torch.Tensor":
+    import torch
+
+    return torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
 class _Parts:
     """What a library gives for a name: the model, its transform, the transform in JSON, a tokenizer or None."""
 
@@ -122,8 +173,10 @@ def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
     import torch
 
     parts = _BUILDERS[config.library](config)
-    model = parts.model.eval().requires_grad_(False).to(device)
+    model = parts.model.eval().requires_grad_(False)
     digest = hash_weights(model.state_dict())
+    layout = torch.channels_last if device.startswith("cuda") else torch.preserve_format
+    model = model.to(device, memory_format=layout)
     slug = re.sub(r"[^a-z0-9]+", "-", config.model.lower()).strip("-")
     encoder = Encoder(
         name=config.name,
@@ -133,7 +186,7 @@ def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
         preprocessing=parts.preprocessing,
         device=device,
         _model=model,
-        _transform=parts.transform,
+        _transform=_Transform.of(parts.transform),
         _tokenizer=parts.tokenizer,
     )
     probe = encoder.encode(torch.stack([encoder.prepare(np.zeros((64, 64, 3), np.uint8))]))

@@ -11,7 +11,7 @@ from moclip.store.copies.sharing import export_store, merge_stores
 from moclip.store.copies.single_file import export_hdf5_file
 from moclip.store.describe import FeatureInfo, StoreInfo, describe, failed_entries
 from moclip.store.files import Folder, exclusive, open_folder, write_atomic
-from moclip.store.fold import Fold
+from moclip.store.fold import Fold, FoldReport
 from moclip.store.parquet import parquet_bytes
 from moclip.store.reader import Store, open_store
 from moclip.store.receipts import Entry, Receipt, list_receipts, write_receipt
@@ -24,9 +24,10 @@ from moclip.store.tables import (
     is_added,
     is_store,
     publish,
+    settled,
     write_labels,
 )
-from moclip.store.writer import ShardWriter
+from moclip.store.writer import ShardWriter, VideoRows
 
 __all__ = [
     "FORMAT",
@@ -38,6 +39,7 @@ __all__ = [
     "FeatureInfo",
     "FeatureSpec",
     "Fold",
+    "FoldReport",
     "Folder",
     "Problem",
     "Receipt",
@@ -49,6 +51,7 @@ __all__ = [
     "Store",
     "StoreInfo",
     "Verified",
+    "VideoRows",
     "add_feature",
     "check_place",
     "compare",
@@ -73,6 +76,7 @@ __all__ = [
     "publish",
     "remove_videos",
     "repair",
+    "settled",
     "verify",
     "write_atomic",
     "write_labels",

@@ -18,7 +18,8 @@ from moclip.store.tables import read_catalogue
 class FeatureInfo:
     """One feature: ``rows`` is the number of rows of its ok entries, ``bytes`` what its shards' files take.
 
-    ``versions`` are those of the libraries that made the rows.
+    ``motion_sources`` counts where the ok entries' vectors came from; it is empty for what is not motion. ``versions``
+    are those of the libraries that made the rows.
     """
 
     name: str
@@ -28,6 +29,7 @@ class FeatureInfo:
     rows: int
     bytes: int
     failures: dict[str, int]
+    motion_sources: dict[str, int]
     versions: dict[str, list[str]]
 
 
@@ -92,7 +94,17 @@ def _feature(store: Store, name: str, spec: FeatureSpec, catalogue: Mapping[str,
     size = sum(about["stored"] for path, about in catalogue["receipts"].items() if path.startswith(f"receipts/{name}/"))
     versions = dict(catalogue["versions"].get(name, {}))
     rows = int(_sum(ok["row_stop"]) - _sum(ok["row_start"]))
-    return FeatureInfo(name, spec.digest, spec, len(ok), rows, size, _counts(failed["reason"]), versions)
+    return FeatureInfo(
+        name=name,
+        digest=spec.digest,
+        specification=spec,
+        ok=len(ok),
+        rows=rows,
+        bytes=size,
+        failures=_counts(failed["reason"]),
+        motion_sources=_counts(ok["motion_source"]),
+        versions=versions,
+    )
 
 
 def _sum(column: Any) -> float:

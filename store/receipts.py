@@ -6,6 +6,7 @@ checksums, the time, and the library versions. The tables of a store can be rebu
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class Entry:
     row_start: int | None = None
     row_stop: int | None = None
     content: bytes | None = None
+    motion_source: str | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUS or (self.status == "failed") != bool(self.reason):
@@ -124,26 +126,23 @@ class ReadReceipt:
         return sum(file["bytes"] for file in self.files.values())
 
 
-def read_receipt(folder: Folder, name: str) -> ReadReceipt:
-    """One receipt. :class:`StoreFormatError` where it is not what it claims to be.
-
-    Its ``rows`` have the column ``written_at`` besides those of entries and facts.
-    """
+def read_receipt(folder: Folder, name: str, columns: Sequence[str] | None = None) -> ReadReceipt:
+    """One receipt, with all of its columns or some. :class:`StoreFormatError` where it is not what it claims to be."""
     try:
         data = folder.read(name)
-        table, sha256 = read_parquet(data)
+        table, sha256 = read_parquet(data, columns)
         metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         if metadata["format"] > FORMAT:
             raise StoreFormatError(f"its format is {metadata['format']}; upgrade moclip")
         if name != f"receipts/{metadata['feature']}/{metadata['shard']}.parquet":
             raise StoreFormatError(f"it says it is the receipt of {metadata['feature']}/{metadata['shard']}")
         table = table.replace_schema_metadata(None)
-        _check_rows(table, metadata)
+        _check_rows(table, metadata, columns)
         files = _checked_files(metadata)
         specification = FeatureSpec.from_json(metadata["specification"])
         written_at = int(metadata["written_at"])
         versions = {str(name): str(version) for name, version in dict(metadata["versions"]).items()}
-        times = pa.array([written_at] * len(table), pa.int64())
+        pa.scalar(written_at, pa.int64())  # an OverflowError where no time is so far away
     except (pa.ArrowException, *NO_FILE, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise StoreFormatError(
             f"the receipt {folder.at(name)} cannot be read: {error}; put a good copy back, or delete it "
@@ -151,7 +150,7 @@ def read_receipt(folder: Folder, name: str) -> ReadReceipt:
         ) from error
     return ReadReceipt(
         name=name,
-        rows=table.append_column("written_at", times),
+        rows=table,
         feature=metadata["feature"],
         shard=metadata["shard"],
         digest=metadata["digest"],
@@ -164,14 +163,16 @@ def read_receipt(folder: Folder, name: str) -> ReadReceipt:
     )
 
 
-def _check_rows(table: pa.Table, metadata: dict[str, Any]) -> None:
+def _check_rows(table: pa.Table, metadata: dict[str, Any], columns: Sequence[str] | None) -> None:
     for field in (*ENTRY_FIELDS, *FACT_FIELDS):
+        if columns is not None and field.name not in columns:
+            continue
         if table.schema.field(field.name).type != field.type:
             raise StoreFormatError(f"its column {field.name} is {table.schema.field(field.name).type}")
         if not field.nullable and table[field.name].null_count:
             raise StoreFormatError(f"its column {field.name} has empty cells")
     for column, allowed in (("feature", [metadata["feature"]]), ("shard", [metadata["shard"]]), ("status", STATUS)):
-        if set(table[column].to_pylist()) - set(allowed):
+        if column in table.column_names and set(table[column].unique().to_pylist()) - set(allowed):
             raise StoreFormatError(f"its column {column} holds something else than {' or '.join(allowed)}")
     check_name(metadata["feature"], "a receipt's feature")
     check_name(metadata["shard"], "a receipt's shard")

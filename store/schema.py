@@ -17,6 +17,7 @@ FORMAT = 1
 
 #: One row a (video, feature). ``array``, ``row_start`` and ``row_stop`` say where the rows lie; ``content`` is the
 #: first half of a SHA-256 of the rows as written, so that two stores compare without reading their arrays.
+#: ``motion_source`` says where the video's vectors came from: native | mpeg4 | estimate; null if it is not motion.
 ENTRY_FIELDS = (
     pa.field("id", pa.string(), nullable=False),
     pa.field("feature", pa.string(), nullable=False),
@@ -28,6 +29,7 @@ ENTRY_FIELDS = (
     pa.field("row_start", pa.int64()),
     pa.field("row_stop", pa.int64()),
     pa.field("content", pa.binary(16)),
+    pa.field("motion_source", pa.string()),
 )
 
 #: One row a video: what was found in the file. Further columns of the source list follow them.

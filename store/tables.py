@@ -14,10 +14,10 @@ import pyarrow as pa
 from moclip.errors import FeatureError, StoreFormatError
 from moclip.store.containers import CONTAINERS
 from moclip.store.files import NO_FILE, Folder, check_name, open_folder
-from moclip.store.fold import Fold, fold
+from moclip.store.fold import Fold, FoldReport, fold
 from moclip.store.groups import GROUP, feature_files, feature_json, read_feature, read_mark, store_json
 from moclip.store.parquet import parquet_bytes, read_parquet
-from moclip.store.receipts import ReadReceipt, list_receipts
+from moclip.store.receipts import list_receipts
 from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, empty_entries, empty_labels, empty_videos
 
 VIDEOS, ENTRIES, LABELS, CATALOGUE = "videos.parquet", "entries.parquet", "labels.parquet", "catalogue.json"
@@ -46,7 +46,7 @@ def create_store(url: str | Path, container: str | None = None) -> None:
         folder.create("features/zarr.json", GROUP)
     if CATALOGUE not in names:
         tables = {name: folder.read(name) for name in (VIDEOS, ENTRIES)}
-        folder.create(CATALOGUE, _catalogue(folder, tables, ()))
+        folder.create(CATALOGUE, _catalogue(folder, tables, {}, {}))
 
 
 def is_store(url: str | Path) -> bool:
@@ -111,6 +111,31 @@ def fold_store(url: str | Path) -> Fold:
     return fold(folder, list_receipts(folder))
 
 
+def settled(url: str | Path, columns: Sequence[str], report: FoldReport = lambda *_: None) -> tuple[pa.Table, pa.Table]:
+    """Some columns of the videos and entries that the receipts of a store amount to now, published or not.
+
+    Where just these receipts were published, the tables say the same: two files are read instead of thousands.
+    """
+    folder = open_folder(url)
+    names = list_receipts(folder)
+    if _are_published(folder, names):
+        wanted = [[name for name in columns if name in _EMPTY[table]().column_names] for table in (VIDEOS, ENTRIES)]
+        dictionaries = [name for name in wanted[1] if name != "id"]
+        return read_table(folder, VIDEOS, wanted[0]), read_table(folder, ENTRIES, wanted[1], dictionaries=dictionaries)
+    folded = fold(folder, names, columns, report)
+    return folded.videos, folded.entries
+
+
+def _are_published(folder: Folder, names: Sequence[str]) -> bool:
+    """Whether the tables are those of the catalogue, and made of just these receipts and today's specifications."""
+    try:
+        catalogue = read_catalogue(folder)
+        now = {name: _fingerprint(folder.read(name)) for name in catalogue["files"]}
+    except (StoreFormatError, *NO_FILE):
+        return False
+    return now == catalogue["files"] and sorted(catalogue["receipts"]) == sorted(names)
+
+
 def publish(url: str | Path) -> None:
     """Write the tables that the receipts amount to, and repeat until no receipt came in between.
 
@@ -123,7 +148,7 @@ def publish(url: str | Path) -> None:
         tables = {VIDEOS: parquet_bytes(folded.videos), ENTRIES: parquet_bytes(folded.entries)}
         for name, data in tables.items():
             folder.write(name, data)
-        folder.write(CATALOGUE, _catalogue(folder, tables, folded.receipts))
+        folder.write(CATALOGUE, _catalogue(folder, tables, folded.receipts, folded.versions))
         if list_receipts(folder) == names:
             return
 
@@ -151,7 +176,9 @@ def read_classes(folder: Folder) -> list[str]:
     return classes
 
 
-def _catalogue(folder: Folder, tables: Mapping[str, bytes], receipts: Sequence[ReadReceipt]) -> bytes:
+def _catalogue(
+    folder: Folder, tables: Mapping[str, bytes], receipts: Mapping[str, Any], versions: Mapping[str, Any]
+) -> bytes:
     """Lists the tables, the specifications and the receipts that they hold, each with its size and checksum.
 
     Labels are not among them: they change without the rest, and their file carries its own checksum.
@@ -161,11 +188,8 @@ def _catalogue(folder: Folder, tables: Mapping[str, bytes], receipts: Sequence[R
     body = {
         "format": FORMAT,
         "files": {name: _fingerprint(data) for name, data in {**groups, **features, **tables}.items()},
-        "receipts": {
-            receipt.name: {"bytes": receipt.bytes, "sha256": receipt.sha256, "stored": receipt.stored}
-            for receipt in receipts
-        },
-        "versions": _versions(receipts),
+        "receipts": receipts,
+        "versions": versions,
     }
     return _catalogue_bytes(body)
 
@@ -173,15 +197,6 @@ def _catalogue(folder: Folder, tables: Mapping[str, bytes], receipts: Sequence[R
 def _catalogue_bytes(body: dict[str, Any]) -> bytes:
     checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": checksum}, indent=0, sort_keys=True).encode()
-
-
-def _versions(receipts: Sequence[ReadReceipt]) -> dict[str, dict[str, list[str]]]:
-    """Feature to library to the versions of it that made the feature's rows."""
-    found: dict[str, dict[str, set[str]]] = {}
-    for receipt in receipts:
-        for library, version in receipt.versions.items():
-            found.setdefault(receipt.feature, {}).setdefault(library, set()).add(version)
-    return {feature: {name: sorted(them) for name, them in some.items()} for feature, some in found.items()}
 
 
 def read_catalogue(folder: Folder) -> dict[str, Any]:

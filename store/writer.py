@@ -55,7 +55,7 @@ class ShardWriter:
         self._files = container.shard(self._base, self._name, json.dumps(about, sort_keys=True))
         self._arrays: dict[str, dict[str, RowWriter]] = {}
         self._videos: list[tuple[SourceFacts, Entry]] = []
-        self._open: _OpenVideo | None = None
+        self._open: VideoRows | None = None
 
     def append(self, rows: npt.NDArray[Any], **columns: npt.ArrayLike) -> None:
         """Add rows of the current video, shape (n, *row_shape), and its columns, each of length n.
@@ -89,13 +89,26 @@ class ShardWriter:
             video.update(column, array)
         video.rows += len(rows)
 
-    def ok(self, facts: SourceFacts) -> Entry:
-        """Close the current video: its rows count. Gives its entry."""
+    def cut(self) -> "VideoRows":
+        """End the current video's rows; whose they are is said later, to :meth:`ok`."""
         video = self._open
         if video is None or not video.rows:
-            raise ValueError(f"{facts.id}: an ok entry needs at least one row")
+            raise ValueError("there are no rows to end: an ok entry needs at least one")
+        self._open = None
+        return video
+
+    def restart(self) -> None:
+        """Forget the current video's rows; they stay in the array, named by nothing."""
+        self._open = None
+
+    def ok(self, facts: SourceFacts, rows: "VideoRows | None" = None, *, motion_source: str | None = None) -> Entry:
+        """Close a video, the current one unless its ``rows`` were cut: they count. Gives its entry.
+
+        ``motion_source`` says where motion comes from: native, mpeg4 or estimate.
+        """
+        video = rows or self.cut()
         stop = video.row_start + video.rows
-        entry = Entry("ok", None, None, video.array, video.row_start, stop, video.content())
+        entry = Entry("ok", None, None, video.array, video.row_start, stop, video.content(), motion_source)
         self._close(facts, entry)
         return entry
 
@@ -136,13 +149,13 @@ class ShardWriter:
                 raise ValueError(f"column {name} has shape {array.shape}, ({rows},) expected")
         return values
 
-    def _video(self, array: str, row_shape: tuple[int, ...]) -> "_OpenVideo":
+    def _video(self, array: str, row_shape: tuple[int, ...]) -> "VideoRows":
         """The video whose rows these are: the one that is open, or a new one."""
         if array not in self._arrays:
             self._arrays[array] = self._new_arrays(array, row_shape)
         if self._open is None:
             counted = VALUE_STOP if self._spec.ragged else VALUE
-            self._open = _OpenVideo(array, self._arrays[array][counted].rows)
+            self._open = VideoRows(array, self._arrays[array][counted].rows)
         if self._open.array != array:
             raise ValueError(f"a video's rows changed from {self._open.array} to {array}")
         return self._open
@@ -179,7 +192,7 @@ def _file_size(folder: LocalFolder, name: str) -> dict[str, int]:
     return {name: (folder.local / name).stat().st_size} if folder.exists(name) else {}
 
 
-class _OpenVideo:
+class VideoRows:
     """The video whose rows are being appended: where they start, and a running hash of each of its columns."""
 
     def __init__(self, array: str, row_start: int) -> None:

@@ -122,7 +122,7 @@ def make(container: str) -> None:
         else:
             rows = motion(number, frames, grid)
             writers["motion"].append(rows, pts_seconds=seconds(frames), picture_type=picture_types(frames))
-            writers["motion"].ok(facts)
+            writers["motion"].ok(facts, motion_source="native")
         writers["embedding-golden"].append(embedding(number), frame_index=[2], pts_seconds=[2 / 25])
         writers["embedding-golden"].ok(facts)
         writers["image"].append_bytes(images(number), frame_index=[1, 3], pts_seconds=[1 / 25, 3 / 25])

@@ -43,10 +43,10 @@ def test_timm_numbers_are_timms_own(vit: tuple[Any, Path]) -> None:
     encoder = load_encoder(EncoderConfig("timm:test_vit", str(file)))
     data = timm.data.resolve_model_data_config(model)
     theirs = timm.data.create_transform(**data, is_training=False)(Image.fromarray(FRAME))
-    assert torch.equal(encoder.prepare(FRAME), theirs)
+    assert torch.equal(encoder.normalised(encoder.prepare(FRAME)[None])[0], theirs)
     with torch.inference_mode():
         pooled = model.forward_head(model.forward_features(theirs[None]), pre_logits=True)
-    np.testing.assert_array_equal(encoder.encode(theirs[None]), pooled.numpy())
+    np.testing.assert_array_equal(encoder.encode(encoder.prepare(FRAME)[None]), pooled.numpy())
     assert encoder.dim == model.num_features
     assert encoder.preprocessing["crop_pct"] == data["crop_pct"]
 
@@ -57,12 +57,12 @@ def test_open_clip_numbers_are_open_clips_own(clip: tuple[str, Path]) -> None:
     model, _, transform = open_clip.create_model_and_transforms(name, pretrained=str(file))
     model.eval()
     theirs = transform(Image.fromarray(FRAME))
-    assert torch.equal(encoder.prepare(FRAME), theirs)
+    assert torch.equal(encoder.normalised(encoder.prepare(FRAME)[None])[0], theirs)
     texts = ["a dog", "a person who is diving"]
     with torch.inference_mode():
         image = model.encode_image(theirs[None]).numpy()
         text = model.encode_text(open_clip.get_tokenizer(name)(texts)).numpy()
-    np.testing.assert_array_equal(encoder.encode(theirs[None]), image)
+    np.testing.assert_array_equal(encoder.encode(encoder.prepare(FRAME)[None]), image)
     np.testing.assert_array_equal(encoder.encode_text(texts), text)
     assert encoder.dim == synthetic.EMBEDDING_DIM
     assert encoder.preprocessing["interpolation"] == "bicubic"

@@ -7,30 +7,29 @@ from itertools import pairwise
 import av
 import numpy as np
 import pytest
+import sink
 import videos
 
 from moclip.errors import SourceError, VideoError
-from moclip.pipeline.extract.decode import DecodeConfig, decode_video
+from moclip.pipeline.extract.decode import DecodeConfig
 from moclip.pipeline.extract.encode import write_video
 from moclip.pipeline.extract.sampling import FramePolicy
 
 MIDDLE = DecodeConfig(frames=FramePolicy("middle"))
 
 
-def decode(path, config=MIDDLE, video_id="clip"):
-    blocks = []
-    found = decode_video(os.fspath(path), video_id, config, blocks.append)
-    return found, blocks
+def decode(path, config=MIDDLE):
+    return sink.decode(path, config)
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264", "mpeg2video"])
 def test_motion_is_the_texture_s(tmp_path, codec):
     path = videos.make_clip(tmp_path / "clip.mkv", codec=codec, frames=24)
-    found, blocks = decode(path)
+    found, taken = decode(path)
     assert found.frames == 24
     assert found.corrupt_frames == 0
-    rows = np.concatenate([block.motion for block in blocks])
-    types = np.concatenate([block.picture_type for block in blocks])
+    rows = taken.all("motion")
+    types = taken.all("picture_type")
     moving = rows[types == 2][:, 0]
     # make_clip moves its texture 2 pixels to the right a frame: 8 quarter pixels, over one or two frames.
     assert np.median(moving) in (8, 16, 24)
@@ -39,52 +38,52 @@ def test_motion_is_the_texture_s(tmp_path, codec):
 
 def test_times_ascend_and_rows_match_frames(tmp_path):
     path = videos.make_clip(tmp_path / "clip.mp4", codec="libx264", frames=300)
-    found, blocks = decode(path)
-    assert [len(block.motion) for block in blocks] == [256, 44]
-    times = np.concatenate([block.pts_seconds for block in blocks])
+    found, taken = decode(path)
+    assert [len(block.motion) for block in taken.blocks] == [256, 44]
+    times = taken.all("pts_seconds")
     assert len(times) == found.frames == 300
     assert all(a < b for a, b in pairwise(times))
 
 
 def test_the_sampled_frame_is_the_middle_one_as_pyav_gives_it(tmp_path):
     path = videos.make_clip(tmp_path / "clip.avi", frames=25)
-    found, _ = decode(path)
+    _, taken = decode(path)
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    (sampled,) = found.sampled
+    (sampled,) = taken.sampled
     assert sampled.index == 12
     np.testing.assert_array_equal(sampled.rgb, frames[12])
 
 
 def test_a_header_that_promises_too_much_does_not_move_the_middle(tmp_path):
     path = videos.truncated_avi(tmp_path / "cut.avi")
-    found, _ = decode(path)
+    found, taken = decode(path)
     assert 0 < found.frames < 24
-    assert found.sampled[0].index == found.frames // 2
+    assert taken.sampled[0].index == found.frames // 2
 
 
 def test_mpeg4_motion_is_of_340x256_whatever_the_source(tmp_path):
     path = videos.make_clip(tmp_path / "clip.mp4", codec="libx264", frames=30)
-    found, blocks = decode(path, replace(MIDDLE, motion="mpeg4"))
-    rows = np.concatenate([block.motion for block in blocks])
-    types = np.concatenate([block.picture_type for block in blocks])
+    found, taken = decode(path, replace(MIDDLE, motion="mpeg4"))
+    rows = taken.all("motion")
+    types = taken.all("picture_type")
     assert rows.shape == (30, 2, 32, 43)
     assert types[:14].tolist() == [1] + [2] * 11 + [1, 2]
     assert found.motion_error is None
 
 
 def test_one_frame_is_a_video(tmp_path):
-    found, blocks = decode(videos.one_frame(tmp_path / "one.avi"))
+    found, taken = decode(videos.one_frame(tmp_path / "one.avi"))
     assert found.frames == 1
     assert found.motion_error is None
-    assert not blocks[0].motion.any()
-    assert [frame.index for frame in found.sampled] == [0]
+    assert not taken.blocks[0].motion.any()
+    assert [frame.index for frame in taken.sampled] == [0]
 
 
 def test_odd_sizes(tmp_path):
-    found, blocks = decode(videos.odd_size(tmp_path / "odd.avi"))
+    found, taken = decode(videos.odd_size(tmp_path / "odd.avi"))
     assert (found.width, found.height) == (171, 143)
-    assert blocks[0].motion.shape[1:] == (2, 18, 22)
+    assert taken.blocks[0].motion.shape[1:] == (2, 18, 22)
 
 
 @pytest.mark.parametrize("codec", ["libx265", "libvpx-vp9"])
@@ -92,14 +91,14 @@ def test_codecs_without_vectors_keep_their_frames(tmp_path, codec):
     if not videos.has_encoder(codec):
         pytest.skip(f"this build cannot make {codec}")
     path = videos.make_clip(tmp_path / "clip.mkv", codec=codec)
-    found, _ = decode(path)
+    found, taken = decode(path, replace(MIDDLE, motion="native"))
     assert found.motion_error is not None
     assert found.motion_error.reason == "no_vectors"
     assert "--motion mpeg4" in found.motion_error.detail
-    assert len(found.sampled) == 1
-    again, blocks = decode(path, replace(MIDDLE, motion="mpeg4"))
+    assert len(taken.sampled) == 1
+    again, taken = decode(path, replace(MIDDLE, motion="mpeg4"))
     assert again.motion_error is None
-    assert blocks
+    assert taken.blocks
 
 
 @pytest.mark.parametrize(
@@ -142,15 +141,15 @@ def test_a_header_that_promises_two_billion_frames_costs_nothing(tmp_path):
     content[content.index(b"avih") + 24 : content.index(b"avih") + 28] = (2 * 10**9).to_bytes(4, "little")
     content[content.index(b"strh") + 40 : content.index(b"strh") + 44] = (2 * 10**9).to_bytes(4, "little")
     path.write_bytes(content)
-    found, _ = decode(path, DecodeConfig(frames=FramePolicy("fps:25")))
-    assert [frame.index for frame in found.sampled] == list(range(12))
+    _, taken = decode(path, DecodeConfig(frames=FramePolicy("fps:25")))
+    assert [frame.index for frame in taken.sampled] == list(range(12))
 
 
 def test_the_time_of_a_sampled_frame_is_the_source_s(tmp_path):
     path = videos.make_clip(tmp_path / "clip.avi", frames=31, width=340, height=256)
-    native, _ = decode(path)
-    again, _ = decode(path, replace(MIDDLE, motion="mpeg4"))
-    assert again.sampled[0].pts_seconds == native.sampled[0].pts_seconds
+    native, first = decode(path)
+    again, second = decode(path, replace(MIDDLE, motion="mpeg4"))
+    assert second.sampled[0].pts_seconds == first.sampled[0].pts_seconds
     assert again.duration_s == pytest.approx(31 / native.fps)
 
 

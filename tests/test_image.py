@@ -10,17 +10,17 @@ import pytest
 import timm
 import torch
 import videos
-from distributed import KilledWorker
 from PIL import Image
 
 from moclip.errors import EncoderError, FeatureError, SourceError, VideoError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
 from moclip.pipeline.extract import embedding, features, jobs, reembed, schedule, shard
 from moclip.pipeline.extract.features import FeatureRequest
+from moclip.pipeline.extract.guard import Death
 from moclip.pipeline.extract.image import decode_jpeg, encode_jpeg, fitted, image_spec
 from moclip.pipeline.extract.plan import cut
 from moclip.pipeline.extract.reembed import EmbedJob, Reembedding
-from moclip.pipeline.extract.schedule import take_result
+from moclip.pipeline.extract.schedule import Attempt, take_result
 from moclip.pipeline.extract.tasks import ShardTask
 from moclip.store import (
     ShardWriter,
@@ -206,7 +206,7 @@ class TestEmbed:
         embed(store, encoder)
         before = files_of(store)
         plan = reembed.prepare(EmbedJob(store, encoder, rename="embedding-new")).plan
-        assert (plan.tasks, len(plan.done), plan.failed_before, plan.without_images) == ((), 6, (), ("text",))
+        assert (plan.videos, len(plan.done), plan.failed_before, plan.without_images) == (0, 6, (), ("text",))
         assert embed(store, encoder).videos == 0
         assert files_of(store) == before
 
@@ -289,7 +289,7 @@ class TestDamage:
             ("b", "embedding-new"),
             ("c", "image"),
         }
-        assert reembed.prepare(EmbedJob(damaged, encoder, rename="embedding-new")).plan.tasks == ()
+        assert reembed.prepare(EmbedJob(damaged, encoder, rename="embedding-new")).plan.videos == 0
         retry = reembed.prepare(EmbedJob(damaged, encoder, rename="embedding-new", retry_failed=True)).plan
         assert [video.id for task in retry.tasks for video in task.videos] == ["b"]
         assert (retry.failed_before, retry.without_images) == (("b",), ("c",))
@@ -316,17 +316,15 @@ class TestDamage:
         videos_ = tuple(video for task in prepared.plan.tasks for video in task.videos)
         task = ShardTask(0, videos_, ("embedding-new",))
 
-        class Killed:
+        class Ended:
             def result(self):
-                raise KilledWorker("task", None, 2)
+                return Death("a", "timeout", "it hung")
 
         seen = []
-        work = Reembedding.of(prepared)
-        alone = take_result(Killed(), task, work, seen.append)
-        assert [again.videos for again in alone] == [(video,) for video in videos_]
-        assert take_result(Killed(), alone[0], work, seen.append) == []
+        (again,) = take_result(Ended(), Attempt(task, guarded=True), Reembedding.of(prepared), seen.append)
+        assert again.task.videos == videos_[1:]
         publish(damaged)
-        assert ("a", "crashed") in {(row["id"], row["reason"]) for row in failed_entries(open_store(damaged))}
+        assert ("a", "timeout") in {(row["id"], row["reason"]) for row in failed_entries(open_store(damaged))}
 
 
 def test_processes_of_dask_make_the_same_embeddings(tmp_path, extracted, encoder, monkeypatch, run_tasks_here):
@@ -345,7 +343,7 @@ def test_a_batch_crosses_the_borders_between_videos(tmp_path, encoder, monkeypat
     sizes = []
     real = Encoder.encode
     monkeypatch.setattr(Encoder, "encode", lambda self, batch: sizes.append(len(batch)) or real(self, batch))
-    monkeypatch.setattr(embedding, "ENCODE_BATCH", 4)
+    monkeypatch.setattr(Encoder, "batch", 4)
     model = load_encoder(encoder)
     spec = model.spec("uniform:3")
     create_store(tmp_path / "s.zarr")
@@ -354,7 +352,9 @@ def test_a_batch_crosses_the_borders_between_videos(tmp_path, encoder, monkeypat
     sizes.clear()
     image = queue.prepare(np.zeros((32, 32, 3), np.uint8))
     for video in range(3):
-        queue.add(SourceFacts(str(video)), [image] * 3, {"frame_index": range(3), "pts_seconds": range(3)})
+        for _ in range(3):
+            queue.add(image)
+        queue.close(SourceFacts(str(video)), {"frame_index": range(3), "pts_seconds": range(3)})
     queue.fail(SourceFacts("3"), VideoError("empty", ""))
     queue.flush()
     assert sizes == [4, 4, 1]
@@ -362,12 +362,8 @@ def test_a_batch_crosses_the_borders_between_videos(tmp_path, encoder, monkeypat
 
 
 def test_shards_stop_at_a_number_of_images():
-    assert [list(run) for run in cut("abcdef", [1, 5, 1, 1, 1, 1], most=3, most_size=5)] == [
-        ["a", "b"],
-        ["c", "d", "e"],
-        ["f"],
-    ]
-    assert list(cut([], [], most=3, most_size=5)) == []
+    assert list(cut([1, 5, 1, 1, 1, 1], most=3, most_size=5)) == [slice(0, 2), slice(2, 5), slice(5, 6)]
+    assert list(cut([], most=3, most_size=5)) == []
 
 
 def test_a_store_that_cannot_be_written_is_no_video_s_fault(tmp_path, monkeypatch, without_dask):

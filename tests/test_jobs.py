@@ -9,22 +9,20 @@ import sys
 import time
 
 import psutil
+import pyarrow as pa
 import pytest
 import timm
 import torch
 import videos
-from distributed import KilledWorker, LocalCluster
+from distributed import LocalCluster
 
 from moclip.errors import EncoderError, FeatureError, SourceError, TooManyFailuresError
 from moclip.pipeline.backbones import EncoderConfig
 from moclip.pipeline.extract import jobs, schedule
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.plan import make_plan
-from moclip.pipeline.extract.schedule import take_result
-from moclip.pipeline.extract.shard import Extraction
-from moclip.pipeline.extract.sources import list_sources
-from moclip.pipeline.extract.tasks import ShardTask, Totals
-from moclip.store import add_feature, create_store, failed_entries, first_difference, open_store, publish, write_labels
+from moclip.pipeline.extract.sources import Sources, list_sources
+from moclip.store import failed_entries, first_difference, open_store, write_labels
 
 EMBEDDING = "embedding-test-vit-"
 
@@ -80,7 +78,7 @@ def test_processes_of_dask_make_the_same_store_and_a_rerun_does_nothing(tmp_path
     assert seen[-1].frames == summary.frames == sum(range(10, 22))
     assert first_difference(open_store(job.store), open_store(undisturbed)) is None
     again = jobs.prepare(job)
-    assert (again.plan.tasks, again.plan.done) == ((), 12)
+    assert (len(again.plan.tasks), again.plan.done) == (0, 12)
     assert jobs.run(again).videos == 0
     labels = open_store(job.store).labels
     assert set(labels["label"].to_pylist()) == {"left", "right"}
@@ -155,7 +153,7 @@ def test_failed_videos_wait_for_retry_failed(tmp_path):
     extract(source, store, request)
     videos.make_clip(clip)
     left = jobs.prepare(jobs.Job(source, store, request))
-    assert (left.plan.tasks, left.plan.failed_before) == ((), ("clip",))
+    assert (len(left.plan.tasks), left.plan.failed_before) == (0, ("clip",))
     summary = extract(source, store, request, retry_failed=True)
     assert (summary.ok, summary.failures) == (1, {})
 
@@ -170,7 +168,7 @@ def test_a_changed_file_is_listed_and_left_alone(tmp_path):
     extract(source, store, request)
     videos.make_clip(clip, frames=20)
     left = jobs.prepare(jobs.Job(source, store, request))
-    assert (left.plan.tasks, left.plan.changed) == ((), ("clip",))
+    assert (len(left.plan.tasks), left.plan.changed) == (0, ("clip",))
     other = FeatureRequest(kinds=("motion-accumulated",))
     for options in ({}, {"replace_changed": True}):
         assert jobs.prepare(jobs.Job(source, store, other, **options)).plan.changed == ("clip",)
@@ -291,32 +289,9 @@ def test_a_store_that_cannot_be_written_is_no_video_s_fault(tmp_path, corpus, mo
     assert failed_entries(open_store(tmp_path / "s.zarr")) == []
 
 
-class Killed:
-    """The future of a task that killed every worker it was given to."""
-
-    def result(self):
-        raise KilledWorker("task", None, 2)
-
-
-def test_what_kills_its_workers_is_tried_alone_and_then_recorded(tmp_path, corpus):
-    prepared = jobs.prepare(jobs.Job(corpus, tmp_path / "s.zarr", FeatureRequest(kinds=("motion",))))
-    create_store(tmp_path / "s.zarr")
-    add_feature(tmp_path / "s.zarr", "motion", prepared.config.features["motion"])
-    totals = Totals(lambda _: None)
-    work = Extraction(str(tmp_path / "s.zarr"), prepared.config)
-    task = ShardTask(3, list_sources(corpus).videos[:3], ("motion",))
-    alone = take_result(Killed(), task, work, totals.update)
-    assert [again.videos for again in alone] == [(video,) for video in task.videos]
-    assert take_result(Killed(), alone[1], work, totals.update) == []
-    publish(tmp_path / "s.zarr")
-    (failed,) = failed_entries(open_store(tmp_path / "s.zarr"))
-    assert (failed["id"], failed["reason"]) == (task.videos[1].id, "crashed")
-    assert (totals.sum.videos, totals.sum.failed) == (1, 1)
-
-
 def test_shards_are_bounded_and_in_id_order(tmp_path, corpus):
     sources = list_sources(corpus).videos
-    plan = make_plan(tmp_path / "none", sources * 40, ("motion",), workers=1)
+    plan = make_plan(tmp_path / "none", Sources(pa.concat_tables([sources.table] * 40)), ("motion",), workers=1)
     assert max(len(task.videos) for task in plan.tasks) <= 64
     plan = make_plan(tmp_path / "none", sources, ("motion",), workers=2)
     assert [video.id for task in plan.tasks for video in task.videos] == [video.id for video in sources]

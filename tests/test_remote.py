@@ -136,7 +136,7 @@ class TestExtraction:
         publish(store)
         assert set(open_store(store).labels["label"].to_pylist()) == {"new", "left"}
         assert verify(store) == []
-        assert jobs.prepare(jobs.Job(corpus, store, REQUEST, workers=1)).plan.tasks == ()
+        assert jobs.prepare(jobs.Job(corpus, store, REQUEST, workers=1)).plan.videos == 0
 
     def test_processes_of_dask_write_into_a_bucket(self, bucket, corpus, undisturbed):
         summary = extract(corpus, f"{bucket}/store", workers=2)

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moclip.errors import SourceError
-from moclip.pipeline.extract.sources import VideoSource
+from moclip.pipeline.extract.sources import Sources
 from moclip.pipeline.extract.splits import (
     label_from_table,
-    labels_table,
     merge_labels,
     read_labels_csv,
     read_splits,
@@ -30,8 +29,15 @@ def write_lists(folder: Path, **contents: str) -> Path:
     return folder
 
 
-def source(path: str, label: str | None = None, **splits: str) -> VideoSource:
-    return VideoSource(path.removesuffix(".avi"), f"/videos/{path}", path, label, None, splits)
+def source(path: str, label: str | None = None, **splits: str) -> dict[str, object]:
+    known = {"id": path.removesuffix(".avi"), "path": b"/videos/" + path.encode(), "relative_path": path}
+    return {**known, "label": label, "group": None, **{f"split_{name}": value for name, value in splits.items()}}
+
+
+def sources(*videos: dict[str, object]) -> Sources:
+    names = {name: None for video in videos for name in video}
+    kinds = [(name, pa.binary() if name == "path" else pa.string()) for name in names]
+    return Sources(pa.Table.from_pylist(list(videos), pa.schema(kinds)))
 
 
 def table(ids: Sequence[str], **columns: Sequence[str | None]) -> pa.Table:
@@ -91,27 +97,27 @@ class TestReading:
 
 class TestApplying:
     def test_sources(self, tmp_path: Path) -> None:
-        videos = [
+        videos = sources(
             source("Biking/v_Biking_g01_c01.avi", "Biking"),
             source("Swing/v_Swing_g02_c01.avi", "Swing"),
             source("Extra/other.avi", "Extra"),
-        ]
+        )
         labelled, labelling = read_splits(write_lists(tmp_path)).apply(videos)
         assert [(v.label, v.group, v.splits) for v in labelled] == [
             ("Biking", "g01", {"1": "train"}),
-            ("Swing", "g02", {"1": "train"}),
             ("Extra", None, {}),
+            ("Swing", "g02", {"1": "train"}),
         ]
         assert labelling.classes == ("Swing", "Biking", "Extra")
         assert labelling.absent == ("Biking/v_Biking_g03_c01", "Swing/v_Swing_g04_c02")
         assert labelling.unlisted == ("Extra/other",)
 
     def test_by_name_where_it_is_unique(self, tmp_path: Path) -> None:
-        videos = [
+        videos = sources(
             source("all/v_Biking_g01_c01.avi"),
             source("one/v_Swing_g02_c01.avi"),
             source("two/v_Swing_g02_c01.avi"),
-        ]
+        )
         labelled, labelling = read_splits(write_lists(tmp_path)).apply(videos)
         assert labelled[0].splits == {"1": "train"}
         assert labelling.unlisted == ("one/v_Swing_g02_c01", "two/v_Swing_g02_c01")
@@ -119,24 +125,24 @@ class TestApplying:
     def test_ids_of_a_store(self, tmp_path: Path) -> None:
         """An id may be anything where the path is known; without it, it may still carry its extension."""
         splits = read_splits(write_lists(tmp_path))
-        labelling = splits.label(table(["7"]), {"7": "Biking/v_Biking_g01_c01.avi"})
+        labelling = splits.label(table(["7"]), pa.array(["Biking/v_Biking_g01_c01.avi"]))
         assert labelling.table["label"].to_pylist() == ["Biking"]
         labelling = splits.label(table(["Biking/v_Biking_g01_c01.avi"]))
         assert labelling.table["split_1"].to_pylist() == ["train"]
 
     def test_a_split_is_replaced_and_another_kept(self, tmp_path: Path) -> None:
-        videos = [
+        videos = sources(
             source("x.avi", "X", **{"1": "train", "own": "val"}),
             source("Biking/v_Biking_g03_c01.avi", "B"),
-        ]
+        )
         labelled, _ = read_splits(write_lists(tmp_path)).apply(videos)
-        assert (labelled[0].label, labelled[0].splits) == ("X", {"own": "val"})
-        assert (labelled[1].label, labelled[1].splits) == ("Biking", {"1": "test"})
+        assert (labelled[0].label, labelled[0].splits) == ("Biking", {"1": "test"})
+        assert (labelled[1].label, labelled[1].splits) == ("X", {"own": "val"})
 
 
 class TestTables:
-    def test_labels_table(self) -> None:
-        made = labels_table([source("b.avi", "B", two="val"), source("a.avi")])
+    def test_labels_of_sources(self) -> None:
+        made = sources(source("a.avi"), source("b.avi", "B", two="val")).labels
         assert made.equals(table(["a", "b"], label=[None, "B"], split_two=[None, "val"]))
 
     def test_merging(self) -> None:

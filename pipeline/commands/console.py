@@ -58,6 +58,26 @@ def size(n: float) -> str:
 
 
 @contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """A line on the error stream for what has no known end. Its function takes what to say; nothing takes it away."""
+    from rich.console import Console
+
+    line = Console(stderr=True).status("")
+
+    def say_now(what: str) -> None:
+        line.update(what)
+        if what:
+            line.start()
+        else:
+            line.stop()
+
+    try:
+        yield say_now
+    finally:
+        line.stop()
+
+
+@contextmanager
 def progress(what: str, total: int | None, said: str) -> Iterator[Callable[..., None]]:
     """A bar on the error stream. ``said`` is the text beside it, with places for what each update gives.
 

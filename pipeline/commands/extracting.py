@@ -1,14 +1,14 @@
 """Commands that add to a store: extract, embed, label."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moclip.pipeline.commands.console import EXISTING, STORE, count, progress, say, shown, together
+from moclip.pipeline.commands.console import EXISTING, STORE, count, progress, say, shown, status, together
 
 if TYPE_CHECKING:
     from moclip.pipeline.extract.jobs import Prepared
@@ -24,13 +24,21 @@ _WORKERS = together(
         metavar="ADDRESS",
         help="A running Dask scheduler, tcp://host:port, instead of own workers.",
     ),
+    click.option(
+        "--cluster",
+        type=EXISTING,
+        metavar="FILE",
+        help="A TOML file that names a Dask cluster to start, for example on Slurm (docs/clusters.md).",
+    ),
     click.option("--retry-failed", is_flag=True, help="Try videos again whose entry failed."),
 )
 
 
-def _check_workers(workers: int | None, scheduler: str | None) -> None:
-    if workers and scheduler:
-        raise click.UsageError("--workers starts processes here, --scheduler uses those elsewhere: give one.")
+def _check_workers(options: Mapping[str, Any]) -> None:
+    if sum(options[name] is not None for name in ("workers", "scheduler", "cluster")) > 1:
+        raise click.UsageError(
+            "--workers starts processes here, --scheduler uses those elsewhere, --cluster starts them there: give one."
+        )
 
 
 @click.command()
@@ -39,8 +47,9 @@ def _check_workers(workers: int | None, scheduler: str | None) -> None:
 @click.option("--preset", type=click.Choice(["moclip-lite"]), help="The paper's protocol: mpeg4 motion, accumulated.")
 @click.option(
     "--motion",
-    type=click.Choice(["native", "mpeg4", "none"]),
-    help="Where vectors come from: the stream itself, or CoViAR's re-encode to 340x256.  [default: native]",
+    type=click.Choice(["auto", "native", "mpeg4", "estimate", "none"]),
+    help="Where vectors come from: the stream itself (native), an estimate from the pictures, the one or the other as "
+    "the codec has it (auto), or CoViAR's re-encode to 340x256 (mpeg4).  [default: auto]",
 )
 @click.option("--cell", type=int, metavar="PX", help="Side of a motion cell in pixels.  [default: 8]")
 @click.option(
@@ -74,6 +83,21 @@ def _check_workers(workers: int | None, scheduler: str | None) -> None:
     type=click.Choice(["zarr", "hdf5"]),
     help="What a new store keeps its rows in: sharded Zarr arrays, or an .h5 file a shard.  [default: zarr]",
 )
+@click.option(
+    "--timeout-per-video",
+    type=click.FloatRange(min=0, min_open=True),
+    default=6 * 3600.0,
+    metavar="SECONDS",
+    help="A video that takes longer is a failed entry.  [default: 21600, six hours]",
+)
+@click.option("--stride", type=int, metavar="N", help="Keep the motion of every N-th frame.  [default: 1]")
+@click.option(
+    "--clip-seconds",
+    type=float,
+    metavar="S",
+    help="Cut videos into clips of S seconds, each a video of its own: film#00000, film#00001, …",
+)
+@click.option("--exact", is_flag=True, help="Decode all of every frame, also what nobody looks at; the values are the same.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def extract(source: Path, store: str, **options: Any) -> None:
     """Decode videos once, into a feature store.
@@ -95,7 +119,7 @@ def extract(source: Path, store: str, **options: Any) -> None:
     """
     from moclip.pipeline.extract import jobs
 
-    _check_workers(options["workers"], options["scheduler"])
+    _check_workers(options)
     job = jobs.Job(
         source=source,
         store=store,
@@ -106,14 +130,17 @@ def extract(source: Path, store: str, **options: Any) -> None:
                 "splits",
                 "workers",
                 "scheduler",
+                "cluster",
                 "retry_failed",
                 "replace_changed",
                 "max_failures",
                 "container",
+                "timeout_per_video",
             )
         },
     )
-    prepared = jobs.prepare(job)
+    with status() as say_now:
+        prepared = jobs.prepare(job, say_now)
     _print_plan(prepared)
     if options["dry_run"]:
         return
@@ -125,6 +152,9 @@ def extract(source: Path, store: str, **options: Any) -> None:
     _print_summary(summary, store, "decoded")
 
 
+_REQUEST = ("motion", "cell", "frames", "rename", "stride", "clip_seconds", "exact")
+
+
 def _request(**options: Any) -> Any:
     """The preset's request, or the default one, with what the command line says instead."""
     from dataclasses import replace
@@ -133,7 +163,7 @@ def _request(**options: Any) -> Any:
     from moclip.pipeline.extract.features import PRESETS, FeatureRequest
 
     base = PRESETS[options["preset"]] if options["preset"] else FeatureRequest()
-    given = {name: options[name] for name in ("motion", "cell", "frames", "rename") if options[name] is not None}
+    given = {name: options[name] for name in _REQUEST if options[name] is not None}
     if options["features"]:
         given["kinds"] = options["features"]
     encoder, weights = options["encoder"], options["weights"]
@@ -175,8 +205,7 @@ def _print_work(prepared: "Prepared | PreparedEmbed") -> None:
     if not plan.tasks:
         click.echo("  nothing to do")
         return
-    where = cluster.scheduler or f"{cluster.workers} workers"
-    click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {where}")
+    click.echo(f"  to do: {plan.videos} videos in {len(plan.tasks)} shards on {cluster.words}")
 
 
 @contextmanager
@@ -226,7 +255,7 @@ def embed(store: str, encoder: str, weights: Path | None, **options: Any) -> Non
     from moclip.pipeline.backbones import EncoderConfig
     from moclip.pipeline.extract import reembed
 
-    _check_workers(options["workers"], options["scheduler"])
+    _check_workers(options)
     config = EncoderConfig(encoder, None if weights is None else str(weights.absolute()))
     prepared = reembed.prepare(reembed.EmbedJob(store, config, **options))
     _print_embed_plan(prepared)

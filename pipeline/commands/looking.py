@@ -57,6 +57,8 @@ def _print_feature(feature: "FeatureInfo") -> None:
     say(f"  {count(feature.ok, 'video')}, {count(feature.rows, 'frame')}, {size(feature.bytes)}{a_frame}")
     for line in (_words(spec.parameters), "made with " + _words(feature.versions)):
         say(f"  {line}")
+    if feature.motion_sources:
+        say("  vectors: " + ", ".join(f"{n} {source}" for source, n in feature.motion_sources.items()))
     for reason, n in feature.failures.items():
         say(f"  failed: {n} {reason}")
 

@@ -1,7 +1,7 @@
 """Images through a frozen encoder, in batches that cross the borders between videos."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -11,9 +11,6 @@ import numpy.typing as npt
 from moclip.errors import EncoderError, VideoError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
 from moclip.store import FeatureSpec, ShardWriter, SourceFacts, limit_threads
-
-#: How many images go through the encoder at once.
-ENCODE_BATCH = 32
 
 
 @lru_cache(maxsize=1)
@@ -36,19 +33,22 @@ def cap_threads(threads: int, *, encoding: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A video whose entry is not written: how many of its images the encoder got, or what is wrong with it."""
+class _Closed:
+    """A video that is told of, whose entry is not written: how many of the images before it are its own.
 
-    facts: SourceFacts
+    Without ``facts``, those images are of nothing.
+    """
+
     images: int
-    columns: Mapping[str, npt.ArrayLike]
+    facts: SourceFacts | None = None
+    columns: Mapping[str, npt.ArrayLike] = field(default_factory=dict)
     error: VideoError | None = None
 
 
 class EmbeddingQueue:
     """Images of several videos wait here until they fill a batch; entries leave in the order of the videos.
 
-    ``failed`` counts the failed entries so far.
+    A video's images come first, as many as there are, and then what they are of. ``failed`` counts the failed entries.
     """
 
     def __init__(self, encoder: Encoder, spec: FeatureSpec, writer: ShardWriter) -> None:
@@ -57,7 +57,8 @@ class EmbeddingQueue:
         self._encoder = encoder
         self._writer = writer
         self.failed = 0
-        self._waiting: list[_Waiting] = []
+        self._open = 0
+        self._closed: list[_Closed] = []
         self._prepared: list[Any] = []
         self._rows = np.empty((0, encoder.dim), np.float16)
 
@@ -65,30 +66,34 @@ class EmbeddingQueue:
         """An image, (H, W, 3), by the encoder's own preprocessing."""
         return self._encoder.prepare(rgb)
 
-    def add(self, facts: SourceFacts, prepared: Iterable[Any], columns: Mapping[str, npt.ArrayLike]) -> None:
-        """Take a video's prepared images and the columns of their rows.
+    def add(self, image: Any) -> None:
+        """Take the current video's next image, as it was prepared."""
+        self._prepared.append(image)
+        self._open += 1
+        if len(self._prepared) == self._encoder.batch:
+            self._encode()
 
-        Images may be made as they are taken: a :class:`VideoError` on the way fails the video.
-        """
-        images, failure = 0, None
-        try:
-            for image in prepared:
-                self._prepared.append(image)
-                images += 1
-                if len(self._prepared) == ENCODE_BATCH:
-                    self._encode()
-        except VideoError as error:
-            failure = error
-        self._waiting.append(_Waiting(facts, images, columns, failure))
-        self._write_encoded()
+    def close(self, facts: SourceFacts, columns: Mapping[str, npt.ArrayLike], images: int | None = None) -> None:
+        """End the current video, or its first ``images`` as a video of their own."""
+        self._end(_Closed(self._open if images is None else images, facts, columns))
 
     def fail(self, facts: SourceFacts, error: VideoError) -> None:
-        self._waiting.append(_Waiting(facts, 0, {}, error))
+        """End the current video as failed; its images count for nothing."""
+        self._end(_Closed(self._open, facts, error=error))
+
+    def restart(self) -> None:
+        """Forget the images of the current video."""
+        self._end(_Closed(self._open))
 
     def flush(self) -> None:
         """Encode what waits, and write the entries of all videos."""
         if self._prepared:
             self._encode()
+        self._write_encoded()
+
+    def _end(self, video: _Closed) -> None:
+        self._open -= video.images
+        self._closed.append(video)
         self._write_encoded()
 
     def _encode(self) -> None:
@@ -100,19 +105,20 @@ class EmbeddingQueue:
         self._prepared = []
 
     def _write_encoded(self) -> None:
-        while self._waiting and self._waiting[0].images <= len(self._rows):
-            video = self._waiting.pop(0)
+        while self._closed and self._closed[0].images <= len(self._rows):
+            video = self._closed.pop(0)
             rows, self._rows = np.split(self._rows, [video.images])
-            self._write(video, rows)
+            if video.facts is not None:
+                self._write(video.facts, video, rows)
 
-    def _write(self, video: _Waiting, rows: npt.NDArray[np.float16]) -> None:
-        """Close a video. A value that is not finite fails it."""
+    def _write(self, facts: SourceFacts, video: _Closed, rows: npt.NDArray[np.float16]) -> None:
+        """Write a video's entry. A value that is not finite fails it."""
         error = video.error
         if error is None and not np.isfinite(rows).all():
             error = VideoError("not_finite", "the encoder gave a value that float16 cannot hold")
         if error is None:
             self._writer.append(rows, **video.columns)
-            self._writer.ok(video.facts)
+            self._writer.ok(facts)
         else:
-            self._writer.fail(video.facts, error.reason, error.detail)
+            self._writer.fail(facts, error.reason, error.detail)
             self.failed += 1

@@ -1,12 +1,13 @@
 """Which features one extraction makes, and the specification that determines each one's values."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from moclip.errors import SourceError
 from moclip.pipeline.backbones import EncoderConfig, load_encoder
 from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.estimate import ESTIMATOR, MotionOption
 from moclip.pipeline.extract.image import image_spec
 from moclip.pipeline.extract.kinds import (
     ACCUMULATED,
@@ -21,7 +22,6 @@ from moclip.pipeline.extract.reencode import SIZE
 from moclip.pipeline.extract.sampling import FramePolicy
 from moclip.store import FeatureSpec
 
-MotionSource = Literal["native", "mpeg4", "none"]
 DEFAULT_ENCODER = "open_clip:ViT-B-32-quickgelu/openai"
 #: On longer GOPs the accumulation starts anew after this many frames: CoViAR's GOP.
 WINDOW = 12
@@ -29,14 +29,20 @@ WINDOW = 12
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """What a person asks for: kinds of features and their settings. ``rename`` is the name of a single one."""
+    """What a person asks for: kinds of features and their settings. ``rename`` is the name of a single one.
+
+    ``stride``, ``clip_seconds`` and ``exact`` are :class:`DecodeConfig`'s.
+    """
 
     kinds: tuple[str, ...] = DEFAULT_KINDS
-    motion: MotionSource = "native"
+    motion: MotionOption = "auto"
     cell: int = 8
     frames: str = "middle"
     encoder: EncoderConfig | None = field(default_factory=lambda: EncoderConfig(DEFAULT_ENCODER))
     rename: str | None = None
+    stride: int = 1
+    clip_seconds: float | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.kinds if kind not in KINDS]
@@ -45,6 +51,10 @@ class FeatureRequest:
         FramePolicy(self.frames)
         if not 1 <= self.cell <= 256:
             raise SourceError(f"a cell of {self.cell} pixels cannot be used; expected 1 to 256")
+        if self.stride < 1 or (self.clip_seconds is not None and not 0 < self.clip_seconds < math.inf):
+            raise SourceError(
+                f"a stride of {self.stride} and clips of {self.clip_seconds} seconds; expected 1 or more, and above 0"
+            )
         if not self.wanted:
             raise SourceError("nothing to extract: the motion is 'none' and so is the encoder")
         if self.rename and len(self.wanted) > 1:
@@ -103,13 +113,28 @@ def resolve(request: FeatureRequest, threads: int = 1) -> ExtractConfig:
         elif kind == IMAGE:
             features[request.rename or kind] = image_spec(request.frames)
         else:
-            features[request.rename or kind] = motion_spec(kind, request.motion, request.cell)
-    decode = DecodeConfig(motion=request.motion, cell=request.cell, window=WINDOW, frames=policy)
+            features[request.rename or kind] = motion_spec(kind, request.motion, request.cell, request.stride)
+    if request.clip_seconds is not None:
+        features = {name: _of_clips(spec, request.clip_seconds) for name, spec in features.items()}
+    decode = DecodeConfig(
+        motion=request.motion,
+        cell=request.cell,
+        window=WINDOW,
+        stride=request.stride,
+        clip_seconds=request.clip_seconds,
+        frames=policy,
+        exact=request.exact,
+    )
     config = ExtractConfig(features, decode, request.encoder, threads)
     return config.only(tuple(features))
 
 
-def motion_spec(kind: str, motion: MotionSource, cell: int) -> FeatureSpec:
+def _of_clips(spec: FeatureSpec, seconds: float) -> FeatureSpec:
+    """The specification where videos are cut: clips of other lengths must not lie under one name."""
+    return replace(spec, parameters={**spec.parameters, "clip_seconds": seconds})
+
+
+def motion_spec(kind: str, motion: MotionOption, cell: int, stride: int = 1) -> FeatureSpec:
     """The specification of ``motion`` or ``motion-accumulated``. ``size`` is null where it is each video's own."""
     accumulated = kind == ACCUMULATED
     return FeatureSpec(
@@ -121,7 +146,9 @@ def motion_spec(kind: str, motion: MotionSource, cell: int) -> FeatureSpec:
             "motion": motion,
             "cell": cell,
             "size": list(SIZE) if motion == "mpeg4" else None,
+            **({"estimator": dict(ESTIMATOR)} if motion in ("auto", "estimate") else {}),
             **({"window": WINDOW} if accumulated else {}),
+            **({"stride": stride} if stride > 1 else {}),
         },
         columns={"pts_seconds": "float64", "picture_type": "uint8"},
         axes=("displacement", "y", "x"),

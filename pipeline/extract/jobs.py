@@ -1,5 +1,6 @@
 """An extraction as a job: list, plan what is missing, run it, publish."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,19 +8,25 @@ from moclip.errors import SourceError, TooManyFailuresError
 from moclip.pipeline.extract import schedule
 from moclip.pipeline.extract.cluster import Cluster
 from moclip.pipeline.extract.features import ExtractConfig, FeatureRequest, resolve
+from moclip.pipeline.extract.full_disk import naming_a_full_disk
 from moclip.pipeline.extract.labelling import label_new
 from moclip.pipeline.extract.plan import Plan, make_plan
 from moclip.pipeline.extract.shard import Extraction
 from moclip.pipeline.extract.sources import SourceList, list_sources
 from moclip.pipeline.extract.splits import read_splits
 from moclip.pipeline.extract.summary import Summary, summarise
-from moclip.pipeline.extract.tasks import Report, Totals
+from moclip.pipeline.extract.tasks import Progress, Report, Totals
+from moclip.pipeline.extract.watch import Limited
 from moclip.store import add_feature, check_place, create_store, is_added, open_store, publish
+
+#: Seconds: more than an honest film takes, and an end to what hangs.
+TIMEOUT_PER_VIDEO = 6 * 3600.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where and how an extraction runs. ``workers`` None means one a core; ``scheduler`` is a Dask address."""
+    """Where and how an extraction runs. ``workers`` None means one a core; ``scheduler`` is a Dask address, ``cluster``
+    a file that names a Dask cluster. A video that takes longer than ``timeout_per_video`` seconds is a failed entry."""
 
     source: Path
     store: str | Path
@@ -27,10 +34,12 @@ class Job:
     splits: Path | None = None
     workers: int | None = None
     scheduler: str | None = None
+    cluster: Path | None = None
     retry_failed: bool = False
     replace_changed: bool = False
     max_failures: int | None = None
     container: str | None = None
+    timeout_per_video: float = TIMEOUT_PER_VIDEO
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,14 @@ class Prepared:
     unmatched: int
 
 
-def prepare(job: Job) -> Prepared:
-    """List the sources, load the encoder, and plan; raises before any video is decoded."""
-    cluster = Cluster.of(job.workers, job.scheduler)
-    sources = list_sources(job.source)
+def prepare(job: Job, say: Callable[[str], None] = lambda _: None) -> Prepared:
+    """List the sources, load the encoder, and plan; raises before any video is decoded.
+
+    ``say`` is told what goes on, where that may take long: first something, then nothing.
+    """
+    cluster = Cluster.of(job.workers, job.scheduler, job.cluster)
+    sources = list_sources(job.source, lambda count: say(f"listing videos: {count:,}"))
+    say("")
     unmatched = 0
     if job.splits is not None:
         lists = read_splits(job.splits)
@@ -64,6 +77,7 @@ def prepare(job: Job) -> Prepared:
     check_place(job.store, job.container)
     for name, spec in config.features.items():
         is_added(job.store, name, spec)
+    say(f"planning {len(sources.videos):,} videos")
     plan = make_plan(
         job.store,
         sources.videos,
@@ -71,7 +85,9 @@ def prepare(job: Job) -> Prepared:
         workers=cluster.workers,
         retry_failed=job.retry_failed,
         replace_changed=job.replace_changed,
+        report=lambda done, total: say(f"reading receipts: {done:,} of {total:,}"),
     )
+    say("")
     return Prepared(job, sources, config, plan, cluster, unmatched)
 
 
@@ -81,6 +97,21 @@ def run(prepared: Prepared, on_progress: Report = lambda _: None) -> Summary:
     ``on_progress`` is called from another thread, with totals over all shards (``number`` is -1).
     :class:`TooManyFailuresError` if more than ``max_failures`` of the job's videos have a failed entry.
     """
+    with naming_a_full_disk(prepared.job.store):
+        done = _extract(prepared, on_progress)
+    job = prepared.job
+    summary = summarise(open_store(job.store), tuple(prepared.config.features), prepared.sources.videos.ids, done)
+    failed = summary.failed_videos
+    if job.max_failures is not None and failed > job.max_failures:
+        reasons = ", ".join(f"{feature} {reason}: {n}" for (feature, reason), n in summary.failures.most_common())
+        raise TooManyFailuresError(
+            f"videos with a failed entry: {failed}, allowed: {job.max_failures} ({reasons}); "
+            f"the store is good and `moclip info {job.store}` lists them"
+        )
+    return summary
+
+
+def _extract(prepared: Prepared, on_progress: Report) -> Progress:
     job = prepared.job
     create_store(job.store, job.container)
     for name, spec in prepared.config.features.items():
@@ -90,18 +121,11 @@ def run(prepared: Prepared, on_progress: Report = lambda _: None) -> Summary:
     work = Extraction(open_store(job.store).url, prepared.config)
     try:
         if prepared.plan.tasks:
-            schedule.run_tasks(prepared.cluster, prepared.plan.tasks, work, totals.update)
+            cluster = prepared.cluster.reaching(work.store, prepared.plan.tasks[0].videos[0].path)
+            limited = Limited(work, job.timeout_per_video)
+            schedule.run_tasks(cluster, prepared.plan.tasks, limited, totals.update)
     finally:
         publish(job.store)
         # A bucket has no locks: what a run that began at the same time wrote over is filled in again.
         label_new(job.store, prepared.sources.videos, prepared.sources.classes, explicit=False)
-    ids = {source.id for source in prepared.sources.videos}
-    summary = summarise(open_store(job.store), prepared.config.features.keys(), ids, totals.sum)
-    failed = summary.failed_videos
-    if job.max_failures is not None and failed > job.max_failures:
-        reasons = ", ".join(f"{feature} {reason}: {n}" for (feature, reason), n in summary.failures.most_common())
-        raise TooManyFailuresError(
-            f"videos with a failed entry: {failed}, allowed: {job.max_failures} ({reasons}); "
-            f"the store is good and `moclip info {job.store}` lists them"
-        )
-    return summary
+    return totals.sum

@@ -7,15 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import SourceError
-from moclip.pipeline.extract.sources import VideoSource, class_order
-from moclip.pipeline.extract.splits import (
-    Labelling,
-    label_from_table,
-    labels_table,
-    merge_labels,
-    read_labels_csv,
-    read_splits,
-)
+from moclip.pipeline.extract.source_table import text_column
+from moclip.pipeline.extract.sources import Sources, class_order
+from moclip.pipeline.extract.splits import Labelling, label_from_table, merge_labels, read_labels_csv, read_splits
 from moclip.store import Store, exclusive, open_store, write_labels
 
 
@@ -28,8 +22,9 @@ def label_store(store: str | Path, *, splits: Path | None = None, csv: Path | No
 def _label_store(opened: Store, splits: Path | None, csv: Path | None) -> Labelling:
     table = _extended(opened.labels, opened.videos.select(["id"]))
     if splits is not None:
-        paths = zip(opened.videos["id"].to_pylist(), opened.videos["path"].to_pylist(), strict=True)
-        labelling = read_splits(splits).label(table, {key: path for key, path in paths if path})
+        at = pc.index_in(table["id"], value_set=opened.videos["id"].combine_chunks()).combine_chunks()
+        paths = text_column(opened.videos["path"].combine_chunks().take(at))
+        labelling = read_splits(splits).label(table, paths)
     elif csv is not None:
         labelling = label_from_table(table, read_labels_csv(csv), opened.classes)
     else:
@@ -45,7 +40,7 @@ def _label_store(opened: Store, splits: Path | None, csv: Path | None) -> Labell
     return labelling
 
 
-def label_new(store: str | Path, sources: Sequence[VideoSource], classes: Sequence[str], explicit: bool) -> None:
+def label_new(store: str | Path, sources: Sources, classes: Sequence[str], explicit: bool) -> None:
     """Give the sources' labels to a store.
 
     What the store already says of a video stays, since `moclip label` may have said it; unless the labels were
@@ -55,14 +50,14 @@ def label_new(store: str | Path, sources: Sequence[VideoSource], classes: Sequen
         _label_new(open_store(store), sources, classes, explicit)
 
 
-def _label_new(opened: Store, sources: Sequence[VideoSource], classes: Sequence[str], explicit: bool) -> None:
-    there, new = opened.labels, labels_table(sources)
+def _label_new(opened: Store, sources: Sources, classes: Sequence[str], explicit: bool) -> None:
+    there, new = opened.labels, sources.labels
     mine = pc.is_in(there["id"], value_set=new["id"].combine_chunks())
     others, known = there.filter(pc.invert(mine)), _extended(there.filter(mine), new.select(["id"]))
     merged = merge_labels(known, new) if explicit else _filled_from(known, new)
     table = pa.concat_tables([others, merged], promote_options="default").sort_by("id")
     order = [*opened.classes, *classes] if not explicit else [*classes, *opened.classes]
-    labels = table["label"].to_pylist()
+    labels = table["label"].unique().to_pylist()
     used = {*labels, *classes}
     first = [name for name in dict.fromkeys(order) if name in used]
     ordered = list(class_order(labels, first))

@@ -4,7 +4,7 @@ The module and all it imports know nothing of libav: the videos may be gone.
 """
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +18,13 @@ from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
 from moclip.pipeline.extract import schedule
 from moclip.pipeline.extract.cluster import Cluster
 from moclip.pipeline.extract.embedding import EmbeddingQueue, cap_threads, worker_encoder
+from moclip.pipeline.extract.full_disk import naming_a_full_disk
 from moclip.pipeline.extract.image import decode_jpeg
 from moclip.pipeline.extract.kinds import EMBEDDING, IMAGE, check_feature_name
-from moclip.pipeline.extract.plan import cut, videos_a_shard
+from moclip.pipeline.extract.plan import Tasks, cut, videos_a_shard
 from moclip.pipeline.extract.summary import Summary, summarise
 from moclip.pipeline.extract.tasks import Progress, Report, ShardTask, Totals
+from moclip.pipeline.extract.watch import watching
 from moclip.store import (
     FeatureSpec,
     ShardWriter,
@@ -45,7 +47,8 @@ class EmbedJob:
     """What to embed, with what, and where it runs.
 
     ``images`` is the feature that holds the images, ``rename`` another name for the new one. ``device`` is cpu, cuda
-    or auto. ``workers`` None means one a core; ``scheduler`` is a Dask address.
+    or auto. ``workers`` None means one a core; ``scheduler`` is a Dask address, ``cluster`` a file that names a Dask
+    cluster.
     """
 
     store: str | Path
@@ -55,6 +58,7 @@ class EmbedJob:
     device: str = "auto"
     workers: int | None = None
     scheduler: str | None = None
+    cluster: Path | None = None
     retry_failed: bool = False
 
     def __post_init__(self) -> None:
@@ -66,14 +70,14 @@ class EmbedJob:
 class EmbedPlan:
     """The tasks to run, and the ids that are left out: done, failed before, or without stored images."""
 
-    tasks: tuple[ShardTask[SourceFacts], ...]
+    tasks: Tasks[SourceFacts]
     done: tuple[str, ...]
     failed_before: tuple[str, ...]
     without_images: tuple[str, ...]
 
     @property
     def videos(self) -> int:
-        return sum(len(task.videos) for task in self.tasks)
+        return len(self.tasks.videos)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class PreparedEmbed:
 
 def prepare(job: EmbedJob) -> PreparedEmbed:
     """Load the encoder and plan. Publishes what a killed run left finished, so that it counts."""
-    cluster = Cluster.of(job.workers, job.scheduler)
+    cluster = Cluster.of(job.workers, job.scheduler, job.cluster)
     images = image_feature(open_store(job.store), job.images)
     encoder = load_encoder(job.encoder)
     publish(job.store)
@@ -111,13 +115,14 @@ def run(prepared: PreparedEmbed, on_progress: Report = lambda _: None) -> Summar
     add_feature(job.store, prepared.feature, prepared.spec)
     totals = Totals(on_progress)
     work = Reembedding.of(prepared)
-    try:
-        if prepared.plan.tasks:
-            schedule.run_tasks(prepared.cluster, prepared.plan.tasks, work, totals.update)
-    finally:
-        publish(job.store)
+    with naming_a_full_disk(job.store):
+        try:
+            if prepared.plan.tasks:
+                schedule.run_tasks(prepared.cluster.reaching(work.store), prepared.plan.tasks, work, totals.update)
+        finally:
+            publish(job.store)
     store = open_store(job.store)
-    return summarise(store, [prepared.feature], set(store.videos["id"].to_pylist()), totals.sum)
+    return summarise(store, [prepared.feature], store.videos["id"], totals.sum)
 
 
 def image_feature(store: Store, name: str) -> str:
@@ -140,9 +145,9 @@ def _plan(store: Store, images: str, feature: str, *, workers: int, retry_failed
     stored = store.ids(images)
     todo = [id_ for id_ in stored if status.get(id_) is None or (status[id_] == "failed" and retry_failed)]
     counts = store.row_counts(images, todo).tolist()
-    runs = cut(_facts(store, todo), counts, most=videos_a_shard(len(todo), workers), most_size=SHARD_IMAGES)
+    runs = cut(counts, most=videos_a_shard(len(todo), workers), most_size=SHARD_IMAGES)
     return EmbedPlan(
-        tasks=tuple(ShardTask(number, videos, (feature,)) for number, videos in enumerate(runs)),
+        tasks=Tasks(_facts(store, todo), tuple((run, (feature,)) for run in runs)),
         done=tuple(id_ for id_ in stored if status.get(id_) == "ok"),
         failed_before=tuple(id_ for id_ in stored if status.get(id_) == "failed"),
         without_images=tuple(sorted(set(store.videos["id"].to_pylist()) - set(stored))),
@@ -213,7 +218,8 @@ class Reembedding:
         queue = EmbeddingQueue(worker_encoder(self.encoder, self.device), self.spec, writer)
         images = 0
         for done, facts in enumerate(task.videos, start=1):
-            images += self._embed(store, facts, queue)
+            with watching(facts.id):
+                images += self._embed(store, facts, queue)
             report(Progress(task.number, done, images, queue.failed))
         queue.flush()
         writer.finish()
@@ -232,20 +238,19 @@ class Reembedding:
         try:
             jpegs = store.read_bytes(self.images, facts.id)
             columns = {name: store.read(self.images, facts.id, name) for name in self.spec.columns}
+            for jpeg in jpegs:
+                queue.add(queue.prepare(decode_jpeg(jpeg)))
         except StoreFormatError as error:
             queue.fail(facts, VideoError("damaged", str(error)))
             return 0
-        queue.add(facts, _prepared(jpegs, queue), columns)
+        except VideoError as error:
+            queue.fail(facts, error)
+        else:
+            queue.close(facts, columns)
         return len(jpegs)
 
     def _writer(self, task: ShardTask[SourceFacts]) -> ShardWriter:
         return ShardWriter(self.store, feature=self.feature, spec=self.spec, shard=task.new_shard(self.spec.digest))
-
-
-def _prepared(jpegs: list[bytes], queue: EmbeddingQueue) -> Iterator[Any]:
-    """The images, prepared as they are asked for: a long video's never lie in memory together."""
-    for jpeg in jpegs:
-        yield queue.prepare(decode_jpeg(jpeg))
 
 
 @lru_cache(maxsize=1)

@@ -37,5 +37,10 @@ class FramePolicy:
         return np.minimum(chosen.astype(np.int64), frames - 1)
 
 
+def clip_id(video_id: str, clip: int) -> str:
+    """The id of a clip of a video that is cut: ``film#00002`` is the third of ``film``."""
+    return f"{video_id}#{clip:05d}"
+
+
 def _seeded(video_id: str) -> np.random.Generator:
     return np.random.default_rng(list(hashlib.sha256(video_id.encode()).digest()))

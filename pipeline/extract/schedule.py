@@ -1,77 +1,132 @@
-"""Tasks on a Dask cluster: a bounded number at a time, retried when their workers die."""
+"""Tasks on a Dask cluster: a bounded number at a time, and none is lost when workers die."""
 
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic
 
 from moclip.errors import MoclipError
 from moclip.pipeline.extract.cluster import Cluster, connect
+from moclip.pipeline.extract.guard import Death, run_guarded
 from moclip.pipeline.extract.tasks import Progress, Report, ShardTask, Video, Work
 
 logger = logging.getLogger(__name__)
 
 _TOPIC = "moclip-progress"
+#: A task in a process of its own that takes its worker down so often is at fault; before, the machines may be.
+_MOST_DEATHS = 5
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[Video]):
+    """A task as it is tried now: in the worker itself, or ``guarded``, in a process that the worker watches.
+
+    ``deaths`` counts the workers that died while they watched.
+    """
+
+    task: ShardTask[Video]
+    guarded: bool = False
+    deaths: int = 0
 
 
 def run_tasks(cluster: Cluster, tasks: Sequence[ShardTask[Video]], work: Work[Video], report: Report) -> None:
     """Run every task, a bounded number at a time, whatever their number. ``report`` is called from another
     thread too.
 
-    A task that keeps killing its workers is split, down to the video that does it, which is given up.
+    Dask blames every task that a dead worker had been given; here none is, but tried again in a process of its own.
+    A video that kills that too, alone, is given up.
     """
     from distributed import as_completed
 
-    waiting = iter(tasks)
+    waiting = (Attempt(task) for task in tasks)
     with connect(cluster, len(tasks)) as client, _saying_that_it_stops():
         client.subscribe_topic(_TOPIC, lambda event: report(Progress(**event[1])))
-        running: dict[Any, ShardTask[Video]] = {}
+        running: dict[Any, Attempt[Video]] = {}
         queue = as_completed()
 
-        def submit(task: ShardTask[Video]) -> None:
-            future = client.submit(_run_on_worker, work, task, pure=False)
-            running[future] = task
+        def submit(attempt: Attempt[Video]) -> None:
+            future = client.submit(_run_on_worker, work, attempt, pure=False)
+            running[future] = attempt
             queue.add(future)
 
-        for task in itertools.islice(waiting, 2 * sum(client.nthreads().values()) + 2):
-            submit(task)
+        # Most workers may be yet to come: from a queue, or because their number adapts to what waits.
+        slots = max(cluster.workers, sum(client.nthreads().values()))
+        for attempt in itertools.islice(waiting, 2 * slots + 2):
+            submit(attempt)
         stopped: Exception | None = None
         for future in queue:
-            task = running.pop(future)
             try:
-                for again in take_result(future, task, work, report):
-                    submit(again)
+                following = take_result(future, running.pop(future), work, report)
             except Exception as error:
-                # What runs is waited for, so that it is not done again; nothing new is begun.
                 stopped = stopped or error
+            # Else a worker that ends while its result is held counts as one that died.
+            future.release()
+            # What runs is waited for, so that it is not done again; nothing new is begun.
             if stopped is None:
-                for following in itertools.islice(waiting, 1):
-                    submit(following)
+                for attempt in following or itertools.islice(waiting, 1):
+                    submit(attempt)
         if stopped is not None:
             raise _stop(stopped) from stopped
 
 
-def _run_on_worker(work: Work[Video], task: ShardTask[Video]) -> Progress:
+def _run_on_worker(work: Work[Video], attempt: Attempt[Video]) -> Progress | Death:
     from distributed import get_worker
 
     worker = get_worker()
-    return work.run(task, lambda now: worker.log_event(_TOPIC, vars(now)))
+
+    def report(now: Progress) -> None:
+        worker.log_event(_TOPIC, vars(now))
+
+    if attempt.guarded:
+        return run_guarded(work, attempt.task, report, worker.memory_manager.memory_limit)
+    return work.run(attempt.task, report)
 
 
-def take_result(future: Any, task: ShardTask[Video], work: Work[Video], report: Report) -> list[ShardTask[Video]]:
-    """Report a task's result. The tasks to run in its place are returned, if it kept killing its workers."""
+def take_result(future: Any, attempt: Attempt[Video], work: Work[Video], report: Report) -> list[Attempt[Video]]:
+    """Report how an attempt ended. The attempts to make in its place are returned, if a process died with it."""
     from distributed import KilledWorker
 
     try:
-        report(future.result())
+        ended = future.result()
     except KilledWorker:
-        if len(task.videos) > 1:
-            logger.warning("shard %d killed its worker; its videos are tried one by one", task.number)
-            report(Progress(task.number))
-            return task.one_by_one()
-        report(work.give_up(task, "crashed", "the worker process died with it every time it was tried"))
+        ended = None
+    if isinstance(ended, Progress):
+        report(ended)
+        return []
+    report(Progress(attempt.task.number))
+    if ended is None:
+        return _after_a_worker(attempt, work, report)
+    return _after_its_process(ended, attempt.task, work, report)
+
+
+def _after_a_worker(attempt: Attempt[Video], work: Work[Video], report: Report) -> list[Attempt[Video]]:
+    task = attempt.task
+    if not attempt.guarded:
+        logger.info("a worker died; shard %d, which it had, is done again in a process of its own", task.number)
+        return [Attempt(task, guarded=True)]
+    if attempt.deaths + 1 < _MOST_DEATHS:
+        return [replace(attempt, deaths=attempt.deaths + 1)]
+    if len(task.videos) > 1:
+        return [Attempt(alone, guarded=True) for alone in task.one_by_one()]
+    report(work.give_up(task, "crashed", f"{_MOST_DEATHS} workers died with it, alone"))
     return []
+
+
+def _after_its_process(death: Death, task: ShardTask[Video], work: Work[Video], report: Report) -> list[Attempt[Video]]:
+    """A video is given up if it was alone, or hung; else it is tried alone, and the others without it."""
+    if death.video is None:
+        raise MoclipError(
+            f"a process died before it opened a video ({death.detail}); see whether memory or disk is full"
+        )
+    alone, others = task.apart(death.video)
+    following = [Attempt(others, guarded=True)] if others.videos else []
+    if others.videos and death.reason != "timeout":
+        return [Attempt(alone, guarded=True), *following]
+    logger.warning("%s: %s", death.video, death.detail)
+    report(work.give_up(alone if others.videos else task, death.reason, death.detail))
+    return following
 
 
 @contextmanager

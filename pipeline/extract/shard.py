@@ -2,21 +2,28 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy.typing as npt
 
 from moclip.errors import VideoError
-from moclip.pipeline.extract.decode import DecodedVideo, MotionRows, SampledFrame, decode_video
+from moclip.pipeline.extract.decode import DecodedVideo, SampledFrame, decode_video
 from moclip.pipeline.extract.embedding import EmbeddingQueue, cap_threads, worker_encoder
 from moclip.pipeline.extract.features import ExtractConfig
+from moclip.pipeline.extract.full_disk import what_is_full
 from moclip.pipeline.extract.image import encode_jpeg
 from moclip.pipeline.extract.kinds import ACCUMULATED, EMBEDDING, IMAGE, MOTION
+from moclip.pipeline.extract.motion_rows import MotionRows
+from moclip.pipeline.extract.sampling import clip_id
 from moclip.pipeline.extract.sources import VideoSource, file_size
 from moclip.pipeline.extract.tasks import Progress, Report, ShardTask
-from moclip.store import ShardWriter, SourceFacts
+from moclip.pipeline.extract.watch import watching
+from moclip.store import ShardWriter, SourceFacts, VideoRows
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +44,8 @@ class Extraction:
         cap_threads(config.threads, encoding=config.encoder is not None)
         run = _ShardRun(self.store, task, config, report)
         for source in task.videos:
-            run.extract(source)
+            with watching(source.id):
+                run.extract(source)
         return run.finish()
 
     def give_up(self, task: ShardTask[VideoSource], reason: str, detail: str) -> Progress:
@@ -45,7 +53,7 @@ class Extraction:
         writers = _writers(self.store, task, self.config.only(task.features))
         for writer in writers.values():
             for source in task.videos:
-                writer.fail(_unopened(source), reason, detail)
+                writer.fail(_unopened(source, self.config), reason, detail)
             writer.finish()
         return Progress(task.number, len(task.videos), 0, len(task.videos))
 
@@ -55,26 +63,26 @@ class _WriteFailed(Exception):
 
 
 class _ShardRun:
-    """The writers of one attempt, one a feature, and the frames that wait for the encoder."""
+    """The writers of one attempt, one a feature, and the frames that wait for the encoder. It is the decoder's sink."""
 
     def __init__(self, store: str, task: ShardTask[VideoSource], config: ExtractConfig, report: Report) -> None:
         self._task = task
         self._config = config
         self._report = report
         self._writers = _writers(store, task, config)
-        self._motion = _of_kind(config, self._writers, MOTION)
-        self._accumulated = _of_kind(config, self._writers, ACCUMULATED)
-        self._image = _of_kind(config, self._writers, IMAGE)
+        motion = {kind: _of_kind(config, self._writers, kind) for kind in (MOTION, ACCUMULATED)}
+        self._motion = {kind: _ClipWriter(writer) for kind, writer in motion.items() if writer}
+        image = _of_kind(config, self._writers, IMAGE)
+        self._image = _ClipWriter(image) if image else None
         self._embedding = _embedding_queue(config, self._writers)
+        self._sampled: list[tuple[int, int, float]] = []
         self._videos = self._frames = self._failed = 0
 
     def extract(self, source: VideoSource) -> None:
-        facts = _unopened(source)
+        facts = _unopened(source, self._config)
         try:
-            decoded = decode_video(source.path, source.id, self._config.decode, self._emit)
-            facts = _facts(source, decoded)
-            jpegs = [encode_jpeg(frame.rgb) for frame in decoded.sampled] if self._image else []
-            prepared = [self._embedding.prepare(frame.rgb) for frame in decoded.sampled] if self._embedding else []
+            decoded = decode_video(source.path, source.id, self._config.decode, self)
+            closing = _facts(source, decoded, self._config)
         except _WriteFailed as error:
             raise error.__cause__ or error from None
         except VideoError as error:
@@ -82,10 +90,12 @@ class _ShardRun:
         except FileNotFoundError:
             self._fail(facts, VideoError("missing", "it was there and is gone"))
         except Exception as error:
+            if what_is_full(error):
+                raise
             logger.debug("unexpected error in %s", source.id, exc_info=True)
             self._fail(facts, VideoError("error", f"{type(error).__name__}: {error}"))
         else:
-            self._close(facts, decoded, jpegs, prepared)
+            self._close(closing, decoded)
         self._report(self._progress())
 
     def finish(self) -> Progress:
@@ -98,38 +108,100 @@ class _ShardRun:
     def _progress(self) -> Progress:
         return Progress(self._task.number, self._videos, self._frames, self._failed)
 
-    def _emit(self, rows: MotionRows) -> None:
+    def rows(self, rows: MotionRows) -> None:
         columns: dict[str, npt.NDArray[Any]] = {"pts_seconds": rows.pts_seconds, "picture_type": rows.picture_type}
-        try:
-            if self._motion:
-                self._motion.append(rows.motion, **columns)
-            if self._accumulated and rows.accumulated is not None:
-                self._accumulated.append(rows.accumulated, **columns)
-        except Exception as error:
-            raise _WriteFailed from error
+        values = {MOTION: rows.motion, ACCUMULATED: rows.accumulated}
+        with _writing():
+            for kind, writer in self._motion.items():
+                writer.of_clip(rows.clip).append(values[kind], **columns)
 
-    def _close(self, facts: SourceFacts, decoded: DecodedVideo, jpegs: list[bytes], prepared: list[Any]) -> None:
-        for writer in filter(None, (self._motion, self._accumulated)):
-            if decoded.motion_error:
-                writer.fail(facts, decoded.motion_error.reason, decoded.motion_error.detail)
-            else:
-                writer.ok(facts)
+    def frame(self, frame: SampledFrame) -> None:
+        self._sampled.append((frame.clip, frame.index, frame.pts_seconds))
         if self._image:
-            self._image.append_bytes(jpegs, **_columns(decoded.sampled))
-            self._image.ok(facts)
+            jpeg = encode_jpeg(frame.rgb)
+            with _writing():
+                columns = {"frame_index": [frame.index], "pts_seconds": [frame.pts_seconds]}
+                self._image.of_clip(frame.clip).append_bytes([jpeg], **columns)
         if self._embedding:
-            self._embedding.add(facts, prepared, _columns(decoded.sampled))
-        self._videos += 1
-        self._frames += decoded.frames
-        self._failed += decoded.motion_error is not None
+            image = self._embedding.prepare(frame.rgb)
+            with _writing():
+                self._embedding.add(image)
+
+    def restart(self) -> None:
+        self._sampled = []
+        for writer in self._clip_writers():
+            writer.restart()
+        if self._embedding:
+            self._embedding.restart()
+
+    def _close(self, clips: Sequence[SourceFacts], decoded: DecodedVideo) -> None:
+        error = decoded.motion_error
+        for writer in self._motion.values():
+            if error:
+                writer.fail(clips[0], error)
+            else:
+                writer.ok(clips, decoded.motion_source)
+        if self._image:
+            self._image.ok(clips)
+        if self._embedding:
+            for facts, (_, frames) in zip(clips, groupby(self._sampled, key=itemgetter(0)), strict=True):
+                _, index, seconds = zip(*frames, strict=True)
+                self._embedding.close(facts, {"frame_index": index, "pts_seconds": seconds}, len(index))
+        self._count(decoded.frames, failed=error is not None)
 
     def _fail(self, facts: SourceFacts, error: VideoError) -> None:
-        for writer in filter(None, (self._motion, self._accumulated, self._image)):
-            writer.fail(facts, error.reason, error.detail)
+        for writer in self._clip_writers():
+            writer.fail(facts, error)
         if self._embedding:
             self._embedding.fail(facts, error)
+        self._count(0, failed=True)
+
+    def _count(self, frames: int, *, failed: bool) -> None:
+        self._sampled = []
         self._videos += 1
-        self._failed += 1
+        self._frames += frames
+        self._failed += failed
+
+    def _clip_writers(self) -> list["_ClipWriter"]:
+        return [*self._motion.values(), *([self._image] if self._image else [])]
+
+
+class _ClipWriter:
+    """A feature's writer, for the rows of one video, clip by clip; whose they are is known when all are there."""
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self._writer = writer
+        self._cut: list[VideoRows] = []
+        self._clip = 0
+
+    def of_clip(self, clip: int) -> ShardWriter:
+        """The writer, ready for rows of this clip."""
+        if clip > self._clip:
+            self._cut.append(self._writer.cut())
+            self._clip = clip
+        return self._writer
+
+    def ok(self, clips: Sequence[SourceFacts], motion_source: str | None = None) -> None:
+        self._cut.append(self._writer.cut())
+        for facts, rows in zip(clips, self._cut, strict=True):
+            self._writer.ok(facts, rows, motion_source=motion_source)
+        self.restart()
+
+    def fail(self, facts: SourceFacts, error: VideoError) -> None:
+        self._writer.fail(facts, error.reason, error.detail)
+        self.restart()
+
+    def restart(self) -> None:
+        self._writer.restart()
+        self._cut, self._clip = [], 0
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _WriteFailed from error
 
 
 def _embedding_queue(config: ExtractConfig, writers: Mapping[str, ShardWriter]) -> EmbeddingQueue | None:
@@ -138,13 +210,6 @@ def _embedding_queue(config: ExtractConfig, writers: Mapping[str, ShardWriter]) 
         return None
     spec = next(spec for spec in config.features.values() if spec.kind == EMBEDDING)
     return EmbeddingQueue(worker_encoder(config.encoder), spec, writer)
-
-
-def _columns(frames: Sequence[SampledFrame]) -> dict[str, Any]:
-    return {
-        "frame_index": [frame.index for frame in frames],
-        "pts_seconds": [frame.pts_seconds for frame in frames],
-    }
 
 
 def _writers(store: str, task: ShardTask[VideoSource], config: ExtractConfig) -> dict[str, ShardWriter]:
@@ -158,18 +223,18 @@ def _of_kind(config: ExtractConfig, writers: Mapping[str, ShardWriter], kind: st
     return next((writers[name] for name, spec in config.features.items() if spec.kind == kind), None)
 
 
-def _unopened(source: VideoSource) -> SourceFacts:
-    """What is known of a video before, or without, decoding it."""
-    return SourceFacts(source.id, source.relative_path, file_size(source.path), extra=source.extra)
+def _unopened(source: VideoSource, config: ExtractConfig) -> SourceFacts:
+    """What is known of a video before, or without, decoding it; of one that is to be cut, under its first clip."""
+    name = clip_id(source.id, 0) if config.decode.clip_seconds else source.id
+    return SourceFacts(name, source.relative_path, file_size(source.path), extra=source.extra)
 
 
-def _facts(source: VideoSource, decoded: DecodedVideo) -> SourceFacts:
+def _facts(source: VideoSource, decoded: DecodedVideo, config: ExtractConfig) -> list[SourceFacts]:
+    """The facts of a video, or of each of its clips."""
     with open(source.path, "rb") as file:
         content_hash = hashlib.file_digest(file, "sha256").hexdigest()
-    return SourceFacts(
-        id=source.id,
-        path=source.relative_path,
-        bytes=file_size(source.path),
+    whole = replace(
+        _unopened(source, config),
         content_hash=content_hash,
         codec=decoded.codec,
         width=decoded.width,
@@ -178,5 +243,14 @@ def _facts(source: VideoSource, decoded: DecodedVideo) -> SourceFacts:
         frames=decoded.frames,
         duration_s=decoded.duration_s,
         corrupt_frames=decoded.corrupt_frames,
-        extra=source.extra,
     )
+    if config.decode.clip_seconds is None:
+        return [whole]
+    starts = range(0, decoded.frames, decoded.clip_frames)
+    lengths = [min(decoded.clip_frames, decoded.frames - start) for start in starts]
+    return [
+        # Which clip holds the corrupt frames is not known where there are several.
+        replace(whole, id=clip_id(source.id, clip), frames=frames, duration_s=frames / decoded.fps,
+                corrupt_frames=None if len(lengths) > 1 else decoded.corrupt_frames)
+        for clip, frames in enumerate(lengths)
+    ]  # fmt: skip

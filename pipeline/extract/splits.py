@@ -7,26 +7,18 @@ all nullable strings, sorted by id. Sources about to be extracted and videos in 
 import os
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import SourceError
-from moclip.pipeline.extract.sources import (
-    TABLE_READERS,
-    VideoSource,
-    check_split_value,
-    class_order,
-    is_split_column,
-    list_sources,
-    read_table,
-    readable,
-    strip_extension,
-)
+from moclip.pipeline.extract.source_folder import strip_extension
+from moclip.pipeline.extract.source_table import TABLE_READERS, check_split_value, is_split_column, read_table, readable
+from moclip.pipeline.extract.sources import Sources, class_order, list_sources
 from moclip.store import SPLIT_PREFIX
 
 _CLASS_LINE = re.compile(r"(\d+)\s+(\S.*)")
@@ -71,42 +63,53 @@ class Splits:
     names: tuple[str, ...]
     videos: Mapping[str, ListedVideo]
 
-    def label(self, table: pa.Table, paths: Mapping[str, str] | None = None) -> Labelling:
-        """Bring a labels table up to date. ``paths`` gives an id's relative path where the id is not one.
+    def label(self, table: pa.Table, paths: pa.Array | None = None) -> Labelling:
+        """Bring a labels table up to date. ``paths`` are the relative paths of its videos, null where it is the id.
 
         A video is found by its relative path without extension, or by its bare name where that is unique on
         both sides. Labels and groups of unlisted videos stay as they are; see :func:`merge_labels`.
         """
-        ids = table["id"].to_pylist()
-        keys = {video_id: strip_extension((paths or {}).get(video_id, video_id)) for video_id in ids}
-        partner = self._partners(keys)
-        found = [(video_id, self.videos[listed]) for video_id, listed in partner.items()]
-        merged = merge_labels(table, _listed_table(found, self.names))
+        ids = table["id"].combine_chunks()
+        keys = ids if paths is None else pc.coalesce(paths, ids)
+        partner = self._partners(pa.array(map(strip_extension, keys.to_pylist()), pa.string()))
+        listed = self._table()
+        new = listed.take(partner.drop_null()).set_column(0, "id", ids.filter(pc.is_valid(partner)))
+        merged = merge_labels(table, new)
+        absent = np.setdiff1d(np.arange(len(listed)), partner.drop_null().to_numpy())
         return Labelling(
             table=merged,
-            classes=class_order(merged["label"].to_pylist(), self.classes),
-            absent=tuple(sorted(self.videos.keys() - set(partner.values()))),
-            unlisted=tuple(video_id for video_id in ids if video_id not in partner),
+            classes=class_order(merged["label"].unique().to_pylist(), self.classes),
+            absent=tuple(sorted(listed["id"].take(pa.array(absent)).to_pylist())),
+            unlisted=tuple(ids.filter(pc.is_null(partner)).to_pylist()),
         )
 
-    def apply(self, videos: Sequence[VideoSource]) -> tuple[tuple[VideoSource, ...], Labelling]:
-        """The sources with label, group and splits set, and the labelling that did it."""
-        paths = {video.id: video.relative_path for video in videos}
-        labelling = self.label(labels_table(videos), paths)
-        rows = {row["id"]: row for row in labelling.table.to_pylist()}
-        return tuple(_with_labels(video, rows[video.id]) for video in videos), labelling
+    def apply(self, videos: Sources) -> tuple[Sources, Labelling]:
+        """The sources, in order of ids, with label, group and splits set, and the labelling that did it."""
+        table = videos.table.sort_by("id")
+        labelling = self.label(videos.labels.sort_by("id"), table["relative_path"].combine_chunks())
+        labels = labelling.table
+        others = [name for name in table.column_names if name not in labels.column_names]
+        columns = {name: (table if name in others else labels)[name] for name in (*labels.column_names, *others)}
+        return Sources(pa.table(columns)), labelling
 
-    def _partners(self, keys: Mapping[str, str]) -> dict[str, str]:
-        """id -> key of the listed video, for the ids that have one."""
-        by_name = _unique_names(self.videos)
-        own_names = _unique_names(set(keys.values()))
-        partners = {}
-        for video_id, key in keys.items():
-            name = posixpath.basename(key)
-            listed = key if key in self.videos else by_name.get(name) if name in own_names else None
-            if listed is not None:
-                partners[video_id] = listed
-        return partners
+    def _table(self) -> pa.Table:
+        """The labels table of the listed videos; their ids are their paths without extension."""
+        columns: dict[str, list[str | None]] = {
+            "id": list(self.videos),
+            "label": [video.label for video in self.videos.values()],
+            "group": [video.group for video in self.videos.values()],
+        }
+        splits = {SPLIT_PREFIX + n: [v.splits.get(n) for v in self.videos.values()] for n in self.names}
+        return _text_table(columns | splits)
+
+    def _partners(self, keys: pa.Array) -> pa.Array:
+        """For each key, which of the listed videos it is; null for those that are none."""
+        listed = pa.array(list(self.videos), pa.string())
+        names, own = _base_names(listed), _base_names(keys)
+        singles = (_that_occur_once(names), _that_occur_once(_base_names(keys.unique())))
+        alone = pc.and_(*(pc.is_in(own, value_set=single) for single in singles))
+        by_name = pc.if_else(alone, pc.index_in(own, value_set=names), pa.scalar(None, pa.int32()))
+        return pc.coalesce(pc.index_in(keys, value_set=listed), by_name)
 
 
 def read_splits(folder: str | Path) -> Splits:
@@ -132,18 +135,6 @@ def read_splits(folder: str | Path) -> Splits:
     return Splits(tuple(classes.values()), names, videos)
 
 
-def labels_table(videos: Sequence[VideoSource]) -> pa.Table:
-    """The labels table of sources."""
-    names = sorted({name for video in videos for name in video.splits})
-    columns: dict[str, list[str | None]] = {
-        "id": [video.id for video in videos],
-        "label": [video.label for video in videos],
-        "group": [video.group for video in videos],
-    }
-    columns |= {SPLIT_PREFIX + name: [video.splits.get(name) for video in videos] for name in names}
-    return _text_table(columns).sort_by("id")
-
-
 def read_labels_csv(file: str | Path) -> pa.Table:
     """The labels table of a CSV or Parquet file: its ids (or those of its paths) and the columns it names.
 
@@ -157,7 +148,7 @@ def read_labels_csv(file: str | Path) -> pa.Table:
     if not named:
         raise SourceError(f"{readable(path)!r} names no label, group or split_*; found {table.column_names}")
     if "path" in table.column_names:
-        return _filled(labels_table(list_sources(path).videos), named).select(["id", *named])
+        return _filled(list_sources(path).videos.labels, named).select(["id", *named])
     if "id" not in table.column_names:
         raise SourceError(f"{readable(path)!r} has no column 'id' and none 'path'; found {table.column_names}")
     columns = {name: [cell or None for cell in table[name].to_pylist()] for name in ["id", *named]}
@@ -171,14 +162,19 @@ def label_from_table(table: pa.Table, new: pa.Table, classes: Sequence[str] = ()
     ``classes`` is the order so far: classes still in use keep it, others follow, sorted.
     """
     merged = merge_labels(table, new)
-    old_ids, new_ids = set(table["id"].to_pylist()), set(new["id"].to_pylist())
-    labels = merged["label"].to_pylist()
+    used = merged["label"].unique().to_pylist()
     return Labelling(
         table=merged,
-        classes=class_order(labels, [name for name in classes if name in set(labels)]),
-        absent=tuple(sorted(new_ids - old_ids)),
-        unlisted=tuple(sorted(old_ids - new_ids)),
+        classes=class_order(used, [name for name in classes if name in used]),
+        absent=_ids_without(new, table),
+        unlisted=_ids_without(table, new),
     )
+
+
+def _ids_without(table: pa.Table, other: pa.Table) -> tuple[str, ...]:
+    """The ids that only the first of two tables has, sorted."""
+    shared = pc.is_in(table["id"], value_set=other["id"].combine_chunks())
+    return tuple(sorted(table["id"].filter(pc.invert(shared)).to_pylist()))
 
 
 def merge_labels(table: pa.Table, new: pa.Table) -> pa.Table:
@@ -187,8 +183,7 @@ def merge_labels(table: pa.Table, new: pa.Table) -> pa.Table:
     A label or group is replaced where ``new`` has one. A split is replaced as a whole: a video that the new
     split does not mention leaves it, or its old place could put it on both sides.
     """
-    position = {video_id: row for row, video_id in enumerate(new["id"].to_pylist())}
-    rows = pa.array([position.get(video_id) for video_id in table["id"].to_pylist()], pa.int64())
+    rows = pc.index_in(table["id"], value_set=new["id"].combine_chunks()).combine_chunks()
     columns = {name: table[name] for name in table.column_names}
     for name in new.column_names:
         if name != "id":
@@ -249,24 +244,13 @@ def _group_of(key: str) -> str | None:
     return match[1] if match else None
 
 
-def _unique_names(keys: Collection[str]) -> dict[str, str]:
-    """basename -> key, for the basenames that only one key has."""
-    counts = Counter(posixpath.basename(key) for key in keys)
-    return {name: key for key in keys if counts[name := posixpath.basename(key)] == 1}
+def _base_names(paths: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(paths, "(?s)^.*/", "")
 
 
-def _with_labels(video: VideoSource, row: Mapping[str, str | None]) -> VideoSource:
-    splits = {name.removeprefix(SPLIT_PREFIX): value for name, value in row.items() if is_split_column(name) and value}
-    return replace(video, label=row["label"], group=row["group"], splits=splits)
-
-
-def _listed_table(found: Sequence[tuple[str, ListedVideo]], names: Sequence[str]) -> pa.Table:
-    columns: dict[str, list[str | None]] = {
-        "id": [video_id for video_id, _ in found],
-        "label": [video.label for _, video in found],
-        "group": [video.group for _, video in found],
-    }
-    return _text_table(columns | {SPLIT_PREFIX + name: [v.splits.get(name) for _, v in found] for name in names})
+def _that_occur_once(names: pa.Array) -> pa.Array:
+    counts = names.value_counts()
+    return counts.field("values").filter(pc.equal(counts.field("counts"), 1))
 
 
 def _check_rows(columns: Mapping[str, Sequence[str | None]], path: str) -> None:

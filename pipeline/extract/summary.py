@@ -1,8 +1,11 @@
 """How a run ended: what it did, and what the store now says of its videos."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from moclip.pipeline.extract.tasks import Progress
 from moclip.store import Store
@@ -26,16 +29,16 @@ class Summary:
         return self.ok_by_feature.total()
 
 
-def summarise(store: Store, features: Collection[str], ids: Collection[str], done: Progress) -> Summary:
+def summarise(store: Store, features: Sequence[str], ids: pa.ChunkedArray, done: Progress) -> Summary:
     """The summary of a run that did ``done``, over the entries of ``features`` and ``ids``."""
-    failures: Counter[tuple[str, str]] = Counter()
-    failed: set[str] = set()
-    ok = Counter(dict.fromkeys(features, 0))
-    for row in store.entries.select(["id", "feature", "status", "reason"]).to_pylist():
-        if row["id"] in ids and row["feature"] in features:
-            if row["status"] == "ok":
-                ok[row["feature"]] += 1
-            else:
-                failures[row["feature"], row["reason"]] += 1
-                failed.add(row["id"])
+    entries = store.entries.select(["id", "feature", "status", "reason"])
+    for name, values in (("feature", pa.array(features, pa.string())), ("id", ids.combine_chunks())):
+        entries = entries.filter(pc.is_in(entries[name], value_set=values))
+    ok, failures = Counter(dict.fromkeys(features, 0)), Counter[tuple[str, str]]()
+    for row in entries.group_by(["feature", "status", "reason"]).aggregate([([], "count_all")]).to_pylist():
+        if row["status"] == "ok":
+            ok[row["feature"]] += row["count_all"]
+        else:
+            failures[row["feature"], row["reason"]] += row["count_all"]
+    failed = entries.filter(pc.equal(entries["status"], "failed"))["id"].unique()
     return Summary(done.videos, done.frames, ok, failures, len(failed))

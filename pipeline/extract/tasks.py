@@ -33,11 +33,20 @@ class ShardTask(Generic[Video]):
         work = hashlib.sha256(f"{digest}\0{ids}".encode()).hexdigest()[:12]
         return f"{work}-{uuid.uuid4().hex[:8]}"
 
+    def apart(self, video: str) -> tuple["ShardTask[Video]", "ShardTask[Video]"]:
+        """The work on one video, named by its id, and the work on the others."""
+        alone = tuple(each for each in self.videos if each.id == video)
+        others = tuple(each for each in self.videos if each.id != video)
+        # Numbers below zero are free: those of the plan start at 0, and -1 stands for the total.
+        number = -1000 * (self.number + 1) - len(self.videos)
+        return replace(self, number=number, videos=alone), replace(self, videos=others)
+
     def one_by_one(self) -> list["ShardTask[Video]"]:
         """The same work, one video a task."""
-        # Numbers below zero are free: those of the plan start at 0, and -1 stands for the total.
-        first = -1000 * (self.number + 1)
-        return [replace(self, number=first - i, videos=(video,)) for i, video in enumerate(self.videos)]
+        if len(self.videos) < 2:
+            return [self]
+        first, others = self.apart(self.videos[0].id)
+        return [first, *others.one_by_one()]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
-"""A video file as frames: opened with care, decoded by one thread, and what is wrong with it said plainly."""
+"""A video file: opened with care, read as packets, and what is wrong with it said plainly."""
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import av
 from av.stream import Disposition
 
 from moclip.errors import VideoError
+from moclip.pipeline.extract.gop import is_uncoded, numbers_frames
+from moclip.pipeline.extract.orientation import stated_rotation
 
 #: What a container of a known kind begins with, to tell a damaged video from a file that never was one.
 _SIGNATURES = {
@@ -21,83 +24,108 @@ _SCRIPTS = {"concat", "dash", "hls", "imf", "sdp"}
 
 
 class VideoFile:
-    """A file's first video stream, decoded frame by frame by one thread; what does not decode is counted."""
+    """An open file's first video stream: its packets, and decoders for them that use one thread each.
 
-    def __init__(self, path: str) -> None:
-        _check_file(path)
-        self._path = path
-        self.count = 0
-        self.corrupt = 0
-        with self._stream() as (_, stream):
-            self.codec: str = stream.codec_context.name
-            self.size = (stream.codec_context.width, stream.codec_context.height)
-            rate = stream.average_rate or stream.guessed_rate
-            # A damaged header may claim anything, and memory is planned by it.
-            self.fps = float(rate) if rate and 0.1 <= rate <= 1000 else 25.0
-            self._promised: int = stream.frames
+    ``size`` is (width, height) as the container says, ``fps`` the average rate.
+    """
 
-    @contextmanager
-    def _stream(self) -> Iterator[tuple[Any, Any]]:
+    def __init__(self, container: Any, stream: Any) -> None:
+        self._container = container
+        self._stream = stream
+        self._numerator, self._denominator = stream.time_base.as_integer_ratio()
+        self.codec: str = stream.codec_context.name
+        self.extradata: bytes | None = stream.codec_context.extradata
+        self.size = (stream.codec_context.width, stream.codec_context.height)
+        self.rotation = stated_rotation(container, stream)
+        rate = stream.average_rate or stream.guessed_rate
+        # A damaged header may claim anything, and memory is planned by it.
+        self.fps = float(rate) if rate and 0.1 <= rate <= 1000 else 25.0
+
+    def packets(self) -> Iterator[Any]:
+        """The packets up to the end, or up to where the container cannot be read on."""
         try:
-            # Only local files: a script that calls itself a video must not reach the network.
-            container = av.open(self._path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
-        except av.error.FFmpegError as error:
-            raise _open_error(self._path, error) from error
-        with container:
-            if _SCRIPTS & set(container.format.name.split(",")):
-                raise VideoError("not_video", f"it is a script of other files ({container.format.name})")
-            stream = _best_stream(container)
-            stream.thread_type = "NONE"
-            stream.codec_context.thread_count = 1
-            yield container, stream
+            for packet in self._container.demux(self._stream):
+                # An empty one would end the decoding; the last one is.
+                if packet.size:
+                    yield packet
+        except av.error.FFmpegError:
+            return
 
-    def promised_frames(self) -> int:
-        """How many frames the container's header claims, or the number of packets where it claims nothing."""
-        if 0 < self._promised <= os.path.getsize(self._path):
-            return self._promised
-        with self._stream() as (container, stream):
-            return sum(packet.size > 0 for packet in _packets(container, stream))
+    def decoder(self, options: Mapping[str, str]) -> Any:
+        """The stream's own decoder with libavcodec's ``options``."""
+        context = self._stream.codec_context
+        context.options = dict(options)
+        return context
 
-    def frames(self, vectors: bool) -> Iterator[av.VideoFrame]:
-        """The frames in display order, with vectors as side data if asked for."""
-        with self._stream() as (container, stream):
-            context = stream.codec_context
-            if vectors:
-                context.options = {"flags2": "+export_mvs"}
-            for packet in _packets(container, stream):
-                try:
-                    decoded = context.decode(packet)
-                except av.error.FFmpegError:
-                    self.corrupt += 1
-                    continue
-                for frame in decoded:
-                    self._check_size(frame)
-                    self.corrupt += bool(frame.is_corrupt)
-                    self.count += 1
-                    yield frame
+    def another_decoder(self) -> Any:
+        """A decoder beside the stream's own, which knows what the container says as that one does."""
+        own = self._stream.codec_context
+        context = av.CodecContext.create(self.codec, "r")
+        context.extradata = own.extradata
+        context.codec_tag = own.codec_tag
+        context.width, context.height = self.size
+        context.reorder_depth = own.reorder_depth
+        context.thread_count = 1
+        return context
 
-    def _check_size(self, frame: av.VideoFrame) -> None:
-        size = (frame.width, frame.height)
-        if self.count == 0:
-            self.size = size
-        elif size != self.size:
-            raise VideoError(
-                "resolution_changed",
-                f"frame {self.count} is {size[0]}x{size[1]}, those before it {self.size[0]}x{self.size[1]}",
-            )
+    def seconds(self, frame: Any, index: int) -> float:
+        """The time of a frame, or of a packet, in its stream; by the frame rate where the stream does not say."""
+        return index / self.fps if frame.pts is None else frame.pts * self._numerator / self._denominator
+
+    def index(self) -> "PacketIndex | None":
+        """What the container's own index says; None where it is not of every frame that the header promises."""
+        entries = self._stream.index_entries
+        promised = self._stream.frames
+        if not 0 < promised == len(entries) <= self._container.size:
+            return None
+        return PacketIndex.of(self, entries)
 
 
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Packets up to the end, or up to where the container cannot be read on; the last one flushes the decoder."""
+class _Indexed(Protocol):
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def is_keyframe(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class PacketIndex:
+    """How many frames a stream's packets promise, and the numbers of those that are marked as key frames."""
+
+    frames: int
+    keyframes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, video: VideoFile, packets: Iterable[_Indexed]) -> "PacketIndex":
+        """The index of packets, or of a container's entries of them. The first one counts as a key frame."""
+        packed = not numbers_frames(video.codec, video.extradata)
+        marks = [each.is_keyframe for each in packets if packed or not is_uncoded(video.codec, each.size)]
+        return cls(len(marks), (0, *(number for number, key in enumerate(marks) if key and number)))
+
+
+@contextmanager
+def open_video(path: str) -> Iterator[VideoFile]:
+    """Open a local video file. :class:`VideoError` says what is wrong with it."""
+    _check_file(path)
     try:
-        yield from container.demux(stream)
-    except av.error.FFmpegError:
-        yield None
+        # Only local files: a script that calls itself a video must not reach the network.
+        container = av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise _open_error(path, error) from error
+    with container:
+        if _SCRIPTS & set(container.format.name.split(",")):
+            raise VideoError("not_video", f"it is a script of other files ({container.format.name})")
+        stream = _best_stream(container)
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        yield VideoFile(container, stream)
 
 
-def frame_seconds(frame: av.VideoFrame, index: int, fps: float) -> float:
-    """The frame's time in its stream; by the frame rate where the stream does not say."""
-    return index / fps if frame.time is None else float(frame.time)
+def index_packets(path: str) -> PacketIndex:
+    """An index made by reading all packets, without decoding any."""
+    with open_video(path) as video:
+        return PacketIndex.of(video, video.packets())
 
 
 def _check_file(path: str) -> None:

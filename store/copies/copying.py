@@ -204,7 +204,7 @@ def _copy_rows(writer: ShardWriter, blocks: Iterator[Block], copy: Copy, feature
             writer.append_bytes(_cut(value, block.lengths), **columns)
         if block.last:
             break
-    written = writer.ok(copy.facts)
+    written = writer.ok(copy.facts, motion_source=copy.entry.motion_source)
     if written.content != copy.entry.content:
         raise StoreFormatError(
             f"{feature} of {copy.facts.id!r} in shard {copy.shard} is not what was written: the checksum of its rows "

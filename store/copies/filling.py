@@ -153,7 +153,7 @@ def _copy_all(url: str | Path, wanted: Wanted, todo: pa.Table, report: Report) -
 
 def entry_of(row: dict[str, Any]) -> Entry:
     """The entry in a row of the table of entries, or of a receipt."""
-    names = ("status", "reason", "detail", "array", "row_start", "row_stop", "content")
+    names = ("status", "reason", "detail", "array", "row_start", "row_stop", "content", "motion_source")
     return Entry(**{name: row[name] for name in names})
 
 

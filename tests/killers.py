@@ -1,0 +1,62 @@
+"""Work that kills the process which does it: an extraction in which chosen videos do harm when they are decoded."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moclip.pipeline.extract import shard
+from moclip.pipeline.extract.shard import Extraction
+
+_decode = shard.decode_video
+
+
+def segfault():
+    os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(60)
+
+
+def sleep():
+    time.sleep(600)
+
+
+def hold_the_lock():
+    """Hang inside C, so that no other thread of Python runs."""
+    re.match("(a+)+$", "a" * 50 + "b")
+
+
+def eat_memory():
+    eaten = []
+    while True:
+        eaten.append(bytearray(2**24))
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """``work`` with ``harm`` done by videos, by id; each the first ``times`` only, counted in the folder ``counts``."""
+
+    work: Extraction
+    harm: Mapping[str, str]
+    counts: Path
+    times: int = 1000
+
+    def run(self, task, report):
+        def decode(path, video_id, *rest):
+            if video_id in self.harm and self._count(video_id) <= self.times:
+                globals()[self.harm[video_id]]()
+            return _decode(path, video_id, *rest)
+
+        shard.decode_video = decode
+        return self.work.run(task, report)
+
+    def give_up(self, task, reason, detail):
+        return self.work.give_up(task, reason, detail)
+
+    def _count(self, video_id):
+        with open(self.counts / video_id.replace("/", "_"), "ab") as file:
+            file.write(b"x")
+            return file.tell()
