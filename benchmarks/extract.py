@@ -101,9 +101,8 @@ def compare(corpus: str, runs: dict[str, Callable[[], int]], rounds: int) -> Non
     for name, found in seconds.items():
         ratios = [b / s for b, s in zip(base, found, strict=True)]
         rate = frames["bare decode"] / statistics.median(found)
-        print(
-            f"  {name:30} {rate:7.0f} frames/s  {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"  {name:30} {rate:7.0f} frames/s  {middle:.2f} x ({least:.2f} to {most:.2f})", flush=True)
 
 
 def bare(path: str, vectors: bool = True) -> int:
@@ -249,9 +248,8 @@ def workers(paths: list[str], folder: Path, given: argparse.Namespace) -> None:
             for n in (1, 2)
         ]
         whole, net = found[0] / found[1], (found[0] - start[0]) / (found[1] - start[1])
-        print(
-            f"600 clips: one worker {found[0]:.1f} s, two {found[1]:.1f} s: {whole:.2f} x; without starting up {net:.2f} x"
-        )
+        print(f"600 clips: one worker {found[0]:.1f} s, two {found[1]:.1f} s: {whole:.2f} x", end="")
+        print(f"; without starting up {net:.2f} x", flush=True)
 
 
 def encoder(paths: list[str], folder: Path, given: argparse.Namespace) -> None:
@@ -263,9 +261,7 @@ def encoder(paths: list[str], folder: Path, given: argparse.Namespace) -> None:
     _, cpu, _ = command(source, folder / "one.zarr", *options, "--workers", "1")
     cores = os.cpu_count() or 1
     floor = (cpu - start_cpu / cores) / cores
-    print(
-        f"200 clips: wall {wall:.1f} s, of which starting up {start:.1f} s; CPU of one worker {cpu:.1f} s on {cores} cores"
-    )
+    print(f"200 clips: wall {wall:.1f} s, of which starting up {start:.1f} s; CPU {cpu:.1f} s, {cores} cores")
     print(f"wall without starting up / (CPU / cores) = {(wall - start) / floor:.2f}")
 
 

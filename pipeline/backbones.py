@@ -61,7 +61,7 @@ class Encoder:
     preprocessing: Mapping[str, Any]
     device: str
     _model: Any
-    _transform: "_Transform"
+    _transform: "Preparation"
     _tokenizer: Callable[[list[str]], "torch.Tensor"] | None
 
     @property
@@ -69,14 +69,17 @@ class Encoder:
         """How many images go through the encoder at once."""
         return 256 if self.device.startswith("cuda") else 32
 
+    @property
+    def preparation(self) -> "Preparation":
+        """What :meth:`prepare` does, without the model: it can be sent to other processes."""
+        return self._transform
+
     def prepare(self, rgb: npt.NDArray[np.uint8]) -> "torch.Tensor":
         """One frame, (H, W, 3) uint8, resized and cropped by the library's own transform: (3, S, S) uint8.
 
         (float32, and normalised already, where that transform does not end with the usual steps.)
         """
-        from PIL import Image
-
-        return self._transform.shape(Image.fromarray(rgb))
+        return self._transform(rgb)
 
     def normalised(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Prepared frames (n, 3, S, S) as the model sees them: float32 on its device."""
@@ -128,15 +131,20 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class _Transform:
+class Preparation:
     """A library's transform in two parts: pixels are moved as bytes, and become numbers where the model is."""
 
-    shape: Callable[[Any], "torch.Tensor"]
+    _shape: Callable[[Any], "torch.Tensor"]
     mean: "torch.Tensor | None" = None
     std: "torch.Tensor | None" = None
 
+    def __call__(self, rgb: npt.NDArray[np.uint8]) -> "torch.Tensor":
+        from PIL import Image
+
+        return self._shape(Image.fromarray(rgb))
+
     @classmethod
-    def of(cls, transform: Any) -> "_Transform":
+    def of(cls, transform: Any) -> "Preparation":
         from torchvision import transforms
 
         *steps, to_tensor, normalise = transform.transforms
@@ -186,7 +194,7 @@ def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
         preprocessing=parts.preprocessing,
         device=device,
         _model=model,
-        _transform=_Transform.of(parts.transform),
+        _transform=Preparation.of(parts.transform),
         _tokenizer=parts.tokenizer,
     )
     probe = encoder.encode(torch.stack([encoder.prepare(np.zeros((64, 64, 3), np.uint8))]))

@@ -60,3 +60,28 @@ class Deadly:
         with open(self.counts / video_id.replace("/", "_"), "ab") as file:
             file.write(b"x")
             return file.tell()
+
+
+@dataclass(frozen=True)
+class Noted:
+    """``work`` that notes in a folder which process does what."""
+
+    work: Extraction
+    notes: Path
+
+    def encodes(self, task):
+        return self.work.encodes(task)
+
+    def run(self, task, report):
+        return self._note("whole", self.work.run(task, report))
+
+    def decode(self, task, report):
+        return self._note("decode", self.work.decode(task, report))
+
+    def encode(self, task, decoded):
+        return self._note("encode", self.work.encode(task, decoded))
+
+    def _note(self, what, done):
+        with (self.notes / f"{what}-{os.getpid()}").open("a") as file:
+            file.write("x")
+        return done

@@ -216,7 +216,7 @@ def test_slurm_s_class_on_a_stand_in_for_slurm(tmp_path, corpus, undisturbed, wr
 
 def test_settings_reach_a_scheduler_that_a_file_starts(write):
     with connect(Cluster.of(None, None, write(LOCAL, "workers = 1")), 1) as client:
-        assert client.cluster.scheduler.allowed_failures == 2
+        assert client.cluster.scheduler.allowed_failures == 0
 
 
 @pytest.fixture(scope="module")

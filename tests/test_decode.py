@@ -94,7 +94,7 @@ def test_codecs_without_vectors_keep_their_frames(tmp_path, codec):
     found, taken = decode(path, replace(MIDDLE, motion="native"))
     assert found.motion_error is not None
     assert found.motion_error.reason == "no_vectors"
-    assert "--motion mpeg4" in found.motion_error.detail
+    assert "--motion auto" in found.motion_error.detail
     assert len(taken.sampled) == 1
     again, taken = decode(path, replace(MIDDLE, motion="mpeg4"))
     assert again.motion_error is None

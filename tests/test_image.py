@@ -12,7 +12,7 @@ import torch
 import videos
 from PIL import Image
 
-from moclip.errors import EncoderError, FeatureError, SourceError, VideoError
+from moclip.errors import EncoderError, FeatureError, MoclipError, SourceError, VideoError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
 from moclip.pipeline.extract import embedding, features, jobs, reembed, schedule, shard
 from moclip.pipeline.extract.features import FeatureRequest
@@ -371,7 +371,7 @@ def test_a_store_that_cannot_be_written_is_no_video_s_fault(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard.ShardWriter, "append_bytes", append)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(MoclipError, match="the disk is full"):
         extract(videos.make_clip(tmp_path / "clip.avi"), tmp_path / "s.zarr", IMAGES)
 
 

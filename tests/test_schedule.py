@@ -6,11 +6,14 @@ import sys
 import time
 
 import pytest
+import timm
+import torch
 import videos
-from distributed import KilledWorker
-from killers import Deadly
+from distributed import KilledWorker, Nanny, Scheduler, SpecCluster
+from killers import Deadly, Noted
 
 from moclip.errors import MoclipError
+from moclip.pipeline.backbones import EncoderConfig
 from moclip.pipeline.extract import full_disk, jobs, watch
 from moclip.pipeline.extract.cluster import Cluster
 from moclip.pipeline.extract.features import FeatureRequest
@@ -20,6 +23,8 @@ from moclip.pipeline.extract.shard import Extraction
 from moclip.pipeline.extract.tasks import Progress, ShardTask, Totals
 from moclip.pipeline.extract.watch import Limited
 from moclip.store import add_feature, create_store, failed_entries, first_difference, open_store, publish
+
+HALVES = ("decode", "encode", "whole")
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +213,38 @@ def moclip(*arguments):
     return ended.returncode, "".join(
         line for line in lines if line.strip() and not line.startswith(("INFO:", "WARNING:"))
     )
+
+
+@pytest.mark.parametrize("offered", [({"decode": 1}, {"gpu": 1}), ({}, {"gpu": 1})], ids=["decode and gpu", "gpu"])
+def test_workers_with_a_gpu_encode_what_is_decoded(tmp_path, offered):
+    """No GPU takes part: it is who does what that is looked at, and that the store is that of one process."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "w.pth")
+    source = tmp_path / "videos"
+    source.mkdir()
+    for number in range(6):
+        videos.make_clip(source / f"c{number}.avi", frames=8, seed=number)
+    videos.zero_bytes(source / "zero.avi")
+    request = FeatureRequest(encoder=EncoderConfig("timm:test_vit", str(tmp_path / "w.pth")))
+    prepared = jobs.prepare(jobs.Job(source, tmp_path / "pools.zarr", request, workers=1))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    totals = Totals(lambda _: None)
+    workers = {n: {"cls": Nanny, "options": {"nthreads": 1, "resources": each}} for n, each in enumerate(offered)}
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0"}}
+    create_store(tmp_path / "pools.zarr")
+    for name, spec in prepared.config.features.items():
+        add_feature(tmp_path / "pools.zarr", name, spec)
+    with SpecCluster(workers, scheduler) as cluster:
+        work = Noted(Extraction(str(tmp_path / "pools.zarr"), prepared.config), notes)
+        run_tasks(Cluster(2, 1, cluster.scheduler_address), prepared.plan.tasks, work, totals.update)
+    publish(tmp_path / "pools.zarr")
+    did = {what: {name.split("-")[1] for name in os.listdir(notes) if name.startswith(what)} for what in HALVES}
+    assert len(did["encode"]) == 1
+    assert did["decode"]
+    assert not did["whole"]
+    if "decode" in offered[0]:
+        assert not did["encode"] & did["decode"]
+    jobs.run(jobs.prepare(jobs.Job(source, tmp_path / "one.zarr", request, workers=1)))
+    assert first_difference(open_store(tmp_path / "one.zarr"), open_store(tmp_path / "pools.zarr")) is None
+    assert (totals.sum.videos, totals.sum.failed) == (7, 1)

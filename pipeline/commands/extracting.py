@@ -97,7 +97,9 @@ def _check_workers(options: Mapping[str, Any]) -> None:
     metavar="S",
     help="Cut videos into clips of S seconds, each a video of its own: film#00000, film#00001, …",
 )
-@click.option("--exact", is_flag=True, help="Decode all of every frame, also what nobody looks at; the values are the same.")
+@click.option(
+    "--exact", is_flag=True, help="Decode all of every frame, also what nobody looks at; the values are the same."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def extract(source: Path, store: str, **options: Any) -> None:
     """Decode videos once, into a feature store.

@@ -41,6 +41,7 @@ class Cluster:
 
     With ``scheduler``, a Dask address, the workers behind it do, and with ``file`` those of the cluster that it names;
     then ``workers`` only guides the cutting of shards. ``reach`` are a store and videos that workers must find.
+    ``gpus`` more processes of this machine have a GPU each; the others decode for them.
     """
 
     workers: int
@@ -48,6 +49,7 @@ class Cluster:
     scheduler: str | None = None
     file: ClusterFile | None = None
     reach: tuple[str, ...] = ()
+    gpus: int = 0
 
     @classmethod
     def of(cls, workers: int | None, scheduler: str | None, file: Path | None = None) -> "Cluster":
@@ -63,6 +65,12 @@ class Cluster:
             return cls(described.most_workers or cores, described.threads, file=described)
         count = workers or cores
         return cls(count, 1 if scheduler else max(1, cores // count), scheduler)
+
+    def encoding(self) -> "Cluster":
+        """The same for work with an encoder: this machine's GPUs take part, if its own processes do the work."""
+        import torch
+
+        return self if self.scheduler or self.file else replace(self, gpus=torch.cuda.device_count())
 
     def reaching(self, *paths: str) -> "Cluster":
         """The same, and its workers must find these; those that are not here either are left out."""
@@ -168,14 +176,22 @@ async def _started_again(place: Any) -> None:
 def _local_cluster(cluster: Cluster, tasks: int) -> Any:
     from distributed import LocalCluster
 
-    return LocalCluster(
+    place = LocalCluster(
         n_workers=min(cluster.workers, tasks),
         threads_per_worker=1,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
         silence_logs=logging.CRITICAL,
         env=dict.fromkeys(_THREAD_VARIABLES, str(cluster.threads)),
+        resources={"decode": 1} if cluster.gpus else None,
     )
+    for gpu in range(cluster.gpus):
+        (spec,) = place.new_worker_spec().values()
+        environment = {**spec["options"]["env"], "CUDA_VISIBLE_DEVICES": str(gpu)}
+        options = {**spec["options"], "resources": {"gpu": 1}, "env": environment}
+        place.worker_spec[f"gpu-{gpu}"] = {**spec, "options": options}
+    place.sync(_started_again, place)
+    return place
 
 
 def _client(place: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moclip.errors import SourceError
-from moclip.pipeline.backbones import EncoderConfig, load_encoder
+from moclip.pipeline.backbones import EncoderConfig, Preparation, load_encoder
 from moclip.pipeline.extract.decode import DecodeConfig
 from moclip.pipeline.extract.estimate import ESTIMATOR, MotionOption
 from moclip.pipeline.extract.image import image_spec
@@ -81,12 +81,14 @@ PRESETS: Mapping[str, FeatureRequest] = {
 class ExtractConfig:
     """What a shard task needs to know, the same for every shard: the features by name, and how to make them.
 
-    ``threads`` caps each of the libraries that a worker process uses.
+    ``preparation`` is the encoder's, for workers that decode and have no encoder. ``threads`` caps each of the
+    libraries that a worker process uses.
     """
 
     features: Mapping[str, FeatureSpec]
     decode: DecodeConfig
     encoder: EncoderConfig | None
+    preparation: Preparation | None = field(default=None, repr=False)
     threads: int = 1
 
     def only(self, names: Sequence[str]) -> "ExtractConfig":
@@ -106,10 +108,12 @@ def resolve(request: FeatureRequest, threads: int = 1) -> ExtractConfig:
     """Turn a request into specifications. Loads the encoder, so that missing weights show before any decoding."""
     policy = FramePolicy(request.frames)
     features: dict[str, FeatureSpec] = {}
+    preparation = None
     for kind in request.wanted:
         if kind == EMBEDDING and request.encoder is not None:
             encoder = load_encoder(request.encoder)
             features[request.rename or f"{EMBEDDING}-{encoder.slug}"] = encoder.spec(request.frames)
+            preparation = encoder.preparation
         elif kind == IMAGE:
             features[request.rename or kind] = image_spec(request.frames)
         else:
@@ -125,7 +129,7 @@ def resolve(request: FeatureRequest, threads: int = 1) -> ExtractConfig:
         frames=policy,
         exact=request.exact,
     )
-    config = ExtractConfig(features, decode, request.encoder, threads)
+    config = ExtractConfig(features, decode, request.encoder, preparation, threads)
     return config.only(tuple(features))
 
 

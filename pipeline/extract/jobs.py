@@ -74,6 +74,8 @@ def prepare(job: Job, say: Callable[[str], None] = lambda _: None) -> Prepared:
                 "they name videos by their path under the source, Class/name.avi"
             )
     config = resolve(job.request, cluster.threads)
+    if config.encoder is not None:
+        cluster = cluster.encoding()
     check_place(job.store, job.container)
     for name, spec in config.features.items():
         is_added(job.store, name, spec)

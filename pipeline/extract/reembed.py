@@ -14,10 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import FeatureError, StoreFormatError, VideoError
-from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
+from moclip.pipeline.backbones import Encoder, EncoderConfig, Preparation, load_encoder
 from moclip.pipeline.extract import schedule
 from moclip.pipeline.extract.cluster import Cluster
-from moclip.pipeline.extract.embedding import EmbeddingQueue, cap_threads, worker_encoder
+from moclip.pipeline.extract.embedding import (
+    EmbeddingQueue,
+    ImageCollector,
+    Images,
+    ImageTaker,
+    cap_threads,
+    worker_encoder,
+)
 from moclip.pipeline.extract.full_disk import naming_a_full_disk
 from moclip.pipeline.extract.image import decode_jpeg
 from moclip.pipeline.extract.kinds import EMBEDDING, IMAGE, check_feature_name
@@ -87,6 +94,7 @@ class PreparedEmbed:
     job: EmbedJob
     feature: str
     spec: FeatureSpec
+    preparation: Preparation
     images: str
     plan: EmbedPlan
     cluster: Cluster
@@ -94,7 +102,7 @@ class PreparedEmbed:
 
 def prepare(job: EmbedJob) -> PreparedEmbed:
     """Load the encoder and plan. Publishes what a killed run left finished, so that it counts."""
-    cluster = Cluster.of(job.workers, job.scheduler, job.cluster)
+    cluster = Cluster.of(job.workers, job.scheduler, job.cluster).encoding()
     images = image_feature(open_store(job.store), job.images)
     encoder = load_encoder(job.encoder)
     publish(job.store)
@@ -103,7 +111,7 @@ def prepare(job: EmbedJob) -> PreparedEmbed:
     feature = job.rename or f"{EMBEDDING}-{encoder.slug}"
     is_added(job.store, feature, spec)
     plan = _plan(store, images, feature, workers=cluster.workers, retry_failed=job.retry_failed)
-    return PreparedEmbed(job, feature, spec, images, plan, cluster)
+    return PreparedEmbed(job, feature, spec, encoder.preparation, images, plan, cluster)
 
 
 def run(prepared: PreparedEmbed, on_progress: Report = lambda _: None) -> Summary:
@@ -189,6 +197,7 @@ class Reembedding:
     feature: str
     spec: FeatureSpec
     encoder: EncoderConfig
+    preparation: Preparation
     device: str
     threads: int
     moment: str
@@ -202,6 +211,7 @@ class Reembedding:
             feature=prepared.feature,
             spec=prepared.spec,
             encoder=prepared.job.encoder,
+            preparation=prepared.preparation,
             device=prepared.job.device,
             threads=prepared.cluster.threads,
             moment=uuid.uuid4().hex,
@@ -212,18 +222,43 @@ class Reembedding:
 
         Raises only if the store cannot be written.
         """
-        cap_threads(self.threads, encoding=True)
-        store = _opened(self.store, self.moment)
         writer = self._writer(task)
-        queue = EmbeddingQueue(worker_encoder(self.encoder, self.device), self.spec, writer)
+        queue = self._queue(writer)
+        read = self._read(task, queue, report)
+        queue.flush()
+        writer.finish()
+        return replace(read, failed=queue.failed)
+
+    def encodes(self, task: ShardTask[SourceFacts]) -> bool:
+        """Always."""
+        return True
+
+    def decode(self, task: ShardTask[SourceFacts], report: Report = lambda _: None) -> Images:
+        """The first half of :meth:`run`: the stored images, prepared."""
+        collector = ImageCollector(self.preparation)
+        read = self._read(task, collector, report)
+        return collector.collected(read)
+
+    def encode(self, task: ShardTask[SourceFacts], decoded: Images) -> Progress:
+        """The second half of :meth:`run`: the embedding."""
+        writer = self._writer(task)
+        queue = self._queue(writer)
+        queue.take_all(decoded)
+        writer.finish()
+        return replace(decoded.decoded, failed=decoded.decoded.failed + queue.failed)
+
+    def _queue(self, writer: ShardWriter) -> EmbeddingQueue:
+        cap_threads(self.threads, encoding=True)
+        return EmbeddingQueue(worker_encoder(self.encoder, self.device), self.spec, writer)
+
+    def _read(self, task: ShardTask[SourceFacts], taker: ImageTaker, report: Report) -> Progress:
+        store = _opened(self.store, self.moment)
         images = 0
         for done, facts in enumerate(task.videos, start=1):
             with watching(facts.id):
-                images += self._embed(store, facts, queue)
-            report(Progress(task.number, done, images, queue.failed))
-        queue.flush()
-        writer.finish()
-        return Progress(task.number, len(task.videos), images, queue.failed)
+                images += self._embed(store, facts, taker)
+            report(Progress(task.number, done, images, taker.failed))
+        return Progress(task.number, len(task.videos), images, taker.failed)
 
     def give_up(self, task: ShardTask[SourceFacts], reason: str, detail: str) -> Progress:
         """Write a failed entry for every video of a task that could not be run to its end."""
@@ -233,7 +268,7 @@ class Reembedding:
         writer.finish()
         return Progress(task.number, len(task.videos), 0, len(task.videos))
 
-    def _embed(self, store: Store, facts: SourceFacts, queue: EmbeddingQueue) -> int:
+    def _embed(self, store: Store, facts: SourceFacts, queue: ImageTaker) -> int:
         """Queue one video's images; how many there are, 0 if they cannot be read."""
         try:
             jpegs = store.read_bytes(self.images, facts.id)

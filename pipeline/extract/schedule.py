@@ -23,12 +23,14 @@ _MOST_DEATHS = 5
 class Attempt(Generic[Video]):
     """A task as it is tried now: in the worker itself, or ``guarded``, in a process that the worker watches.
 
-    ``deaths`` counts the workers that died while they watched.
+    ``deaths`` counts the workers that died while they watched. ``decoded`` is the future of a first half that is
+    done, where the second is to be done elsewhere.
     """
 
     task: ShardTask[Video]
     guarded: bool = False
     deaths: int = 0
+    decoded: Any = None
 
 
 def run_tasks(cluster: Cluster, tasks: Sequence[ShardTask[Video]], work: Work[Video], report: Report) -> None:
@@ -47,7 +49,7 @@ def run_tasks(cluster: Cluster, tasks: Sequence[ShardTask[Video]], work: Work[Vi
         queue = as_completed()
 
         def submit(attempt: Attempt[Video]) -> None:
-            future = client.submit(_run_on_worker, work, attempt, pure=False)
+            future = _submit(client, work, attempt)
             running[future] = attempt
             queue.add(future)
 
@@ -57,12 +59,15 @@ def run_tasks(cluster: Cluster, tasks: Sequence[ShardTask[Video]], work: Work[Vi
             submit(attempt)
         stopped: Exception | None = None
         for future in queue:
+            attempt = running.pop(future)
             try:
-                following = take_result(future, running.pop(future), work, report)
+                following = take_result(future, attempt, work, report)
             except Exception as error:
-                stopped = stopped or error
-            # Else a worker that ends while its result is held counts as one that died.
-            future.release()
+                following, stopped = [], stopped or error
+            for held in (attempt.decoded, None if any(each.decoded is future for each in following) else future):
+                if held is not None:
+                    # Else a worker that ends while its result is held counts as one that died.
+                    held.release()
             # What runs is waited for, so that it is not done again; nothing new is begun.
             if stopped is None:
                 for attempt in following or itertools.islice(waiting, 1):
@@ -71,17 +76,44 @@ def run_tasks(cluster: Cluster, tasks: Sequence[ShardTask[Video]], work: Work[Vi
             raise _stop(stopped) from stopped
 
 
-def _run_on_worker(work: Work[Video], attempt: Attempt[Video]) -> Progress | Death:
+def _submit(client: Any, work: Work[Video], attempt: Attempt[Video]) -> Any:
+    """Give an attempt to Dask. Workers that offer the resource ``gpu`` encode, those with ``decode`` decode.
+
+    A shard is in the window until it is encoded: decoders cannot run ahead of an encoder by more than that.
+    """
+    offered = {name for worker in client.scheduler_info(-1)["workers"].values() for name in worker["resources"]}
+    if attempt.decoded is not None:
+        # First, so that what was decoded does not lie about.
+        return client.submit(
+            _encode_on_worker, work, attempt.task, attempt.decoded, resources={"gpu": 1}, priority=1, pure=False
+        )
+    place = {"resources": {"decode": 1}} if "decode" in offered else {}
+    if "gpu" in offered and not attempt.guarded and work.encodes(attempt.task):
+        return client.submit(_decode_on_worker, work, attempt.task, **place, pure=False)
+    return client.submit(_run_on_worker, work, attempt, **place, pure=False)
+
+
+def _decode_on_worker(work: Work[Video], task: ShardTask[Video]) -> Any:
+    return work.decode(task, _reporter())
+
+
+def _encode_on_worker(work: Work[Video], task: ShardTask[Video], decoded: Any) -> Progress:
+    return work.encode(task, decoded)
+
+
+def _reporter() -> Report:
     from distributed import get_worker
 
     worker = get_worker()
+    return lambda now: worker.log_event(_TOPIC, vars(now))
 
-    def report(now: Progress) -> None:
-        worker.log_event(_TOPIC, vars(now))
+
+def _run_on_worker(work: Work[Video], attempt: Attempt[Video]) -> Progress | Death:
+    from distributed import get_worker
 
     if attempt.guarded:
-        return run_guarded(work, attempt.task, report, worker.memory_manager.memory_limit)
-    return work.run(attempt.task, report)
+        return run_guarded(work, attempt.task, _reporter(), get_worker().memory_manager.memory_limit)
+    return work.run(attempt.task, _reporter())
 
 
 def take_result(future: Any, attempt: Attempt[Video], work: Work[Video], report: Report) -> list[Attempt[Video]]:
@@ -89,6 +121,10 @@ def take_result(future: Any, attempt: Attempt[Video], work: Work[Video], report:
     from distributed import KilledWorker
 
     try:
+        # What was decoded stays where it is.
+        halfway = future.key.startswith(_decode_on_worker.__name__) and future.status == "finished"
+        if halfway:
+            return [replace(attempt, decoded=future)]
         ended = future.result()
     except KilledWorker:
         ended = None

@@ -13,7 +13,14 @@ import numpy.typing as npt
 
 from moclip.errors import VideoError
 from moclip.pipeline.extract.decode import DecodedVideo, SampledFrame, decode_video
-from moclip.pipeline.extract.embedding import EmbeddingQueue, cap_threads, worker_encoder
+from moclip.pipeline.extract.embedding import (
+    EmbeddingQueue,
+    ImageCollector,
+    Images,
+    ImageTaker,
+    cap_threads,
+    worker_encoder,
+)
 from moclip.pipeline.extract.features import ExtractConfig
 from moclip.pipeline.extract.full_disk import what_is_full
 from moclip.pipeline.extract.image import encode_jpeg
@@ -40,13 +47,64 @@ class Extraction:
 
         Raises only if the store cannot be written.
         """
+        config = self._of(task)
+        writers = _writers(self.store, task, config)
+        embedding = _embedding_queue(config, writers)
+        progress = self._decode(task, config, writers, embedding, report)
+        if embedding:
+            embedding.flush()
+        for writer in writers.values():
+            writer.finish()
+        return progress
+
+    def encodes(self, task: ShardTask[VideoSource]) -> bool:
+        """Whether an embedding is among the task's features."""
+        return self.config.only(task.features).encoder is not None
+
+    def decode(self, task: ShardTask[VideoSource], report: Report = lambda _: None) -> Images:
+        """The first half of :meth:`run`: every feature but the embedding, and the images for that."""
+        config = self._of(task)
+        if config.preparation is None:
+            raise ValueError("this task has no embedding; run it whole")
+        collector = ImageCollector(config.preparation)
+        features = {name: spec for name, spec in config.features.items() if spec.kind != EMBEDDING}
+        writers = _writers(self.store, task, replace(config, features=features))
+        progress = self._decode(task, config, writers, collector, report)
+        for writer in writers.values():
+            writer.finish()
+        return collector.collected(progress)
+
+    def encode(self, task: ShardTask[VideoSource], decoded: Images) -> Progress:
+        """The second half of :meth:`run`: the embedding."""
+        config = self._of(task)
+        features = {name: spec for name, spec in config.features.items() if spec.kind == EMBEDDING}
+        writers = _writers(self.store, task, replace(config, features=features))
+        queue = _embedding_queue(config, writers)
+        if queue:
+            queue.take_all(decoded)
+        for writer in writers.values():
+            writer.finish()
+        return decoded.decoded
+
+    def _of(self, task: ShardTask[VideoSource]) -> ExtractConfig:
         config = self.config.only(task.features)
         cap_threads(config.threads, encoding=config.encoder is not None)
-        run = _ShardRun(self.store, task, config, report)
+        return config
+
+    def _decode(
+        self,
+        task: ShardTask[VideoSource],
+        config: ExtractConfig,
+        writers: Mapping[str, ShardWriter],
+        embedding: ImageTaker | None,
+        report: Report,
+    ) -> Progress:
+        run = _ShardRun(task.number, config, writers, embedding)
         for source in task.videos:
             with watching(source.id):
                 run.extract(source)
-        return run.finish()
+            report(run.progress())
+        return run.progress()
 
     def give_up(self, task: ShardTask[VideoSource], reason: str, detail: str) -> Progress:
         """Write a failed entry for every video of a task that could not be run to its end."""
@@ -63,18 +121,18 @@ class _WriteFailed(Exception):
 
 
 class _ShardRun:
-    """The writers of one attempt, one a feature, and the frames that wait for the encoder. It is the decoder's sink."""
+    """The writers of one attempt, one a feature, and who takes images. It is the decoder's sink."""
 
-    def __init__(self, store: str, task: ShardTask[VideoSource], config: ExtractConfig, report: Report) -> None:
-        self._task = task
+    def __init__(
+        self, number: int, config: ExtractConfig, writers: Mapping[str, ShardWriter], embedding: ImageTaker | None
+    ) -> None:
+        self._number = number
         self._config = config
-        self._report = report
-        self._writers = _writers(store, task, config)
-        motion = {kind: _of_kind(config, self._writers, kind) for kind in (MOTION, ACCUMULATED)}
+        self._embedding = embedding
+        motion = {kind: _of_kind(config, writers, kind) for kind in (MOTION, ACCUMULATED)}
         self._motion = {kind: _ClipWriter(writer) for kind, writer in motion.items() if writer}
-        image = _of_kind(config, self._writers, IMAGE)
+        image = _of_kind(config, writers, IMAGE)
         self._image = _ClipWriter(image) if image else None
-        self._embedding = _embedding_queue(config, self._writers)
         self._sampled: list[tuple[int, int, float]] = []
         self._videos = self._frames = self._failed = 0
 
@@ -96,17 +154,9 @@ class _ShardRun:
             self._fail(facts, VideoError("error", f"{type(error).__name__}: {error}"))
         else:
             self._close(closing, decoded)
-        self._report(self._progress())
 
-    def finish(self) -> Progress:
-        if self._embedding:
-            self._embedding.flush()
-        for writer in self._writers.values():
-            writer.finish()
-        return self._progress()
-
-    def _progress(self) -> Progress:
-        return Progress(self._task.number, self._videos, self._frames, self._failed)
+    def progress(self) -> Progress:
+        return Progress(self._number, self._videos, self._frames, self._failed)
 
     def rows(self, rows: MotionRows) -> None:
         columns: dict[str, npt.NDArray[Any]] = {"pts_seconds": rows.pts_seconds, "picture_type": rows.picture_type}
@@ -220,7 +270,8 @@ def _writers(store: str, task: ShardTask[VideoSource], config: ExtractConfig) ->
 
 
 def _of_kind(config: ExtractConfig, writers: Mapping[str, ShardWriter], kind: str) -> ShardWriter | None:
-    return next((writers[name] for name, spec in config.features.items() if spec.kind == kind), None)
+    names = (name for name, spec in config.features.items() if spec.kind == kind)
+    return next((writers[name] for name in names if name in writers), None)
 
 
 def _unopened(source: VideoSource, config: ExtractConfig) -> SourceFacts:

@@ -5,7 +5,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class _Video(Protocol):
@@ -67,6 +67,15 @@ class Work(Protocol[Video]):
 
     def run(self, task: ShardTask[Video], report: Report) -> Progress:
         """Do a task, to the receipt; a broken video is a failed entry. Raises only if the store fails."""
+
+    def encodes(self, task: ShardTask[Video]) -> bool:
+        """Whether an encoder takes part, so that the task may be done in two halves."""
+
+    def decode(self, task: ShardTask[Video], report: Report) -> Any:
+        """The first half: all but what the encoder does. What it gives goes to :meth:`encode`, in another process."""
+
+    def encode(self, task: ShardTask[Video], decoded: Any) -> Progress:
+        """The second half, to the receipt."""
 
     def give_up(self, task: ShardTask[Video], reason: str, detail: str) -> Progress:
         """Write a failed entry for every video of a task that could not be run to its end."""

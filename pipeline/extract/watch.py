@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TextIO
+from typing import Any, Generic, TextIO
 
 from moclip.pipeline.extract.tasks import Progress, Report, ShardTask, Video, Work
 
@@ -35,9 +35,25 @@ class Limited(Generic[Video]):
 
     def run(self, task: ShardTask[Video], report: Report) -> Progress:
         """As the work itself does it; a process in which a video takes longer ends at once."""
+        self._set_limit()
+        return self.work.run(task, report)
+
+    def encodes(self, task: ShardTask[Video]) -> bool:
+        """As the work itself says."""
+        return self.work.encodes(task)
+
+    def decode(self, task: ShardTask[Video], report: Report) -> Any:
+        """As the work itself does it, within the limit."""
+        self._set_limit()
+        return self.work.decode(task, report)
+
+    def encode(self, task: ShardTask[Video], decoded: Any) -> Progress:
+        """As the work itself does it."""
+        return self.work.encode(task, decoded)
+
+    def _set_limit(self) -> None:
         global _limit
         _limit = self.seconds
-        return self.work.run(task, report)
 
     def give_up(self, task: ShardTask[Video], reason: str, detail: str) -> Progress:
         """As the work itself does it."""
