@@ -30,7 +30,7 @@ from pathlib import Path
 import av
 import psutil
 
-from moclip.pipeline.extract.features import FeatureRequest, resolve
+from moclip.pipeline.extract.features import ExtractConfig, FeatureRequest, resolve
 from moclip.pipeline.extract.sampling import FramePolicy
 from moclip.pipeline.extract.shard import Extraction
 from moclip.pipeline.extract.sources import list_sources
@@ -150,7 +150,8 @@ def moclip(paths: list[str], folder: Path, kinds: tuple[str, ...], frames: str |
     config = resolve(FeatureRequest(kinds=kinds, encoder=None))
     policy = FramePolicy(frames) if frames else None
     # The frames are sampled and made RGB; what an encoder would cost is not what is compared.
-    config = WithFrames(config.features, replace(config.decode, frames=policy, exact=exact), None, config.threads)
+    decode = replace(config.decode, frames=policy, exact=exact)
+    config = AsItIs(features=config.features, decode=decode, encoder=None)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         store = f"{place}/s.zarr"
         create_store(store)
@@ -161,7 +162,9 @@ def moclip(paths: list[str], folder: Path, kinds: tuple[str, ...], frames: str |
         return Extraction(store, config).run(ShardTask(0, videos, tuple(config.features))).frames
 
 
-class WithFrames(type(resolve(FeatureRequest(kinds=("motion",), encoder=None)))):  # type: ignore[misc]
+class AsItIs(ExtractConfig):
+    """Samples frames although no feature asks for them."""
+
     def only(self, names):
         return self
 

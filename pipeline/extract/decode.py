@@ -39,8 +39,8 @@ class DecodeConfig:
     """What one pass is to produce.
 
     Every ``stride``-th frame has a row of motion; ``window`` is explained at :class:`RowBuilder`. With
-    ``clip_seconds`` the video is cut into clips of so many seconds at its average rate. ``exact`` decodes everything
-    in the plain way.
+    ``clip_seconds`` the video is cut into clips of so many seconds at its average rate, whose ids follow from that of
+    the first. ``exact`` decodes everything in the plain way.
     """
 
     motion: MotionOption = "auto"

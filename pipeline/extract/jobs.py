@@ -12,12 +12,12 @@ from moclip.pipeline.extract.full_disk import naming_a_full_disk
 from moclip.pipeline.extract.labelling import label_new
 from moclip.pipeline.extract.plan import Plan, make_plan
 from moclip.pipeline.extract.shard import Extraction
-from moclip.pipeline.extract.sources import SourceList, list_sources
+from moclip.pipeline.extract.sources import SourceList, Sources, list_sources
 from moclip.pipeline.extract.splits import read_splits
 from moclip.pipeline.extract.summary import Summary, summarise
 from moclip.pipeline.extract.tasks import Progress, Report, Totals
 from moclip.pipeline.extract.watch import Limited
-from moclip.store import add_feature, check_place, create_store, is_added, open_store, publish
+from moclip.store import Store, add_feature, check_place, create_store, is_added, open_store, publish
 
 #: Seconds: more than an honest film takes, and an end to what hangs.
 TIMEOUT_PER_VIDEO = 6 * 3600.0
@@ -73,6 +73,8 @@ def prepare(job: Job, say: Callable[[str], None] = lambda _: None) -> Prepared:
                 f"none of the {len(videos)} videos of {job.source} is in the lists of {job.splits}; "
                 "they name videos by their path under the source, Class/name.avi"
             )
+    if job.request.clip_seconds is not None:
+        sources = replace(sources, videos=sources.videos.first_clips())
     config = resolve(job.request, cluster.threads)
     if config.encoder is not None:
         cluster = cluster.encoding()
@@ -102,7 +104,9 @@ def run(prepared: Prepared, on_progress: Report = lambda _: None) -> Summary:
     with naming_a_full_disk(prepared.job.store):
         done = _extract(prepared, on_progress)
     job = prepared.job
-    summary = summarise(open_store(job.store), tuple(prepared.config.features), prepared.sources.videos.ids, done)
+    store = open_store(job.store)
+    ids = _videos_of(prepared, store).ids
+    summary = summarise(store, tuple(prepared.config.features), ids, done)
     failed = summary.failed_videos
     if job.max_failures is not None and failed > job.max_failures:
         reasons = ", ".join(f"{feature} {reason}: {n}" for (feature, reason), n in summary.failures.most_common())
@@ -129,5 +133,13 @@ def _extract(prepared: Prepared, on_progress: Report) -> Progress:
     finally:
         publish(job.store)
         # A bucket has no locks: what a run that began at the same time wrote over is filled in again.
-        label_new(job.store, prepared.sources.videos, prepared.sources.classes, explicit=False)
+        # And how many clips a video has is known now.
+        videos = _videos_of(prepared, open_store(job.store))
+        label_new(job.store, videos, prepared.sources.classes, explicit=False)
     return totals.sum
+
+
+def _videos_of(prepared: Prepared, store: Store) -> Sources:
+    """The job's videos; of those that are cut, all clips that the store has."""
+    videos = prepared.sources.videos
+    return videos if prepared.job.request.clip_seconds is None else videos.clips(store.videos["id"])

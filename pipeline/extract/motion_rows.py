@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
@@ -82,7 +83,7 @@ class RowBuilder:
         self._flush()
 
     def _take_vectors(self, frame: av.VideoFrame) -> None:
-        side_data = frame.side_data.get("MOTION_VECTORS")
+        side_data: Any = frame.side_data.get("MOTION_VECTORS")
         stop = start = self._stops[-1] if self._stops else 0
         if side_data is not None:
             # As bytes: numpy copies structures field by field.

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from moclip.errors import SourceError
 
+#: What a video's id ends in, where the video is cut and this is its first clip.
+FIRST_CLIP = "#00000"
 _PATTERN = re.compile(r"(middle)|(uniform|random):([1-9]\d{0,4})|(fps):(\d+(?:\.\d+)?)")
 
 
@@ -37,9 +39,9 @@ class FramePolicy:
         return np.minimum(chosen.astype(np.int64), frames - 1)
 
 
-def clip_id(video_id: str, clip: int) -> str:
-    """The id of a clip of a video that is cut: ``film#00002`` is the third of ``film``."""
-    return f"{video_id}#{clip:05d}"
+def clip_id(first: str, clip: int) -> str:
+    """The id of a clip of a video that is cut, whose first one is ``first``: ``film#00002`` after ``film#00000``."""
+    return f"{first.removesuffix(FIRST_CLIP)}#{clip:05d}"
 
 
 def _seeded(video_id: str) -> np.random.Generator:

@@ -23,13 +23,14 @@ _MOST_DEATHS = 5
 class Attempt(Generic[Video]):
     """A task as it is tried now: in the worker itself, or ``guarded``, in a process that the worker watches.
 
-    ``deaths`` counts the workers that died while they watched. ``decoded`` is the future of a first half that is
-    done, where the second is to be done elsewhere.
+    ``deaths`` counts the workers that died while they watched. Where workers with GPUs encode for others, ``half`` is
+    the decoding alone, and ``decoded`` the future of what it gave.
     """
 
     task: ShardTask[Video]
     guarded: bool = False
     deaths: int = 0
+    half: bool = False
     decoded: Any = None
 
 
@@ -49,7 +50,10 @@ def run_tasks(cluster: Cluster, tasks: Sequence[ShardTask[Video]], work: Work[Vi
         queue = as_completed()
 
         def submit(attempt: Attempt[Video]) -> None:
-            future = _submit(client, work, attempt)
+            offered = _offered(client)
+            half = "gpu" in offered and not (attempt.guarded or attempt.decoded) and work.encodes(attempt.task)
+            attempt = replace(attempt, half=half)
+            future = _submit(client, work, attempt, offered)
             running[future] = attempt
             queue.add(future)
 
@@ -76,19 +80,23 @@ def run_tasks(cluster: Cluster, tasks: Sequence[ShardTask[Video]], work: Work[Vi
             raise _stop(stopped) from stopped
 
 
-def _submit(client: Any, work: Work[Video], attempt: Attempt[Video]) -> Any:
+def _offered(client: Any) -> set[str]:
+    """The resources that any worker has."""
+    return {name for worker in client.scheduler_info(-1)["workers"].values() for name in worker["resources"]}
+
+
+def _submit(client: Any, work: Work[Video], attempt: Attempt[Video], offered: set[str]) -> Any:
     """Give an attempt to Dask. Workers that offer the resource ``gpu`` encode, those with ``decode`` decode.
 
     A shard is in the window until it is encoded: decoders cannot run ahead of an encoder by more than that.
     """
-    offered = {name for worker in client.scheduler_info(-1)["workers"].values() for name in worker["resources"]}
     if attempt.decoded is not None:
         # First, so that what was decoded does not lie about.
         return client.submit(
             _encode_on_worker, work, attempt.task, attempt.decoded, resources={"gpu": 1}, priority=1, pure=False
         )
     place = {"resources": {"decode": 1}} if "decode" in offered else {}
-    if "gpu" in offered and not attempt.guarded and work.encodes(attempt.task):
+    if attempt.half:
         return client.submit(_decode_on_worker, work, attempt.task, **place, pure=False)
     return client.submit(_run_on_worker, work, attempt, **place, pure=False)
 
@@ -121,9 +129,8 @@ def take_result(future: Any, attempt: Attempt[Video], work: Work[Video], report:
     from distributed import KilledWorker
 
     try:
-        # What was decoded stays where it is.
-        halfway = future.key.startswith(_decode_on_worker.__name__) and future.status == "finished"
-        if halfway:
+        if attempt.half and future.status == "finished":
+            # What was decoded stays where it is.
             return [replace(attempt, decoded=future)]
         ended = future.result()
     except KilledWorker:

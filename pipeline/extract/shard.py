@@ -111,7 +111,7 @@ class Extraction:
         writers = _writers(self.store, task, self.config.only(task.features))
         for writer in writers.values():
             for source in task.videos:
-                writer.fail(_unopened(source, self.config), reason, detail)
+                writer.fail(_unopened(source), reason, detail)
             writer.finish()
         return Progress(task.number, len(task.videos), 0, len(task.videos))
 
@@ -137,7 +137,7 @@ class _ShardRun:
         self._videos = self._frames = self._failed = 0
 
     def extract(self, source: VideoSource) -> None:
-        facts = _unopened(source, self._config)
+        facts = _unopened(source)
         try:
             decoded = decode_video(source.path, source.id, self._config.decode, self)
             closing = _facts(source, decoded, self._config)
@@ -160,7 +160,7 @@ class _ShardRun:
 
     def rows(self, rows: MotionRows) -> None:
         columns: dict[str, npt.NDArray[Any]] = {"pts_seconds": rows.pts_seconds, "picture_type": rows.picture_type}
-        values = {MOTION: rows.motion, ACCUMULATED: rows.accumulated}
+        values: dict[str, Any] = {MOTION: rows.motion, ACCUMULATED: rows.accumulated}
         with _writing():
             for kind, writer in self._motion.items():
                 writer.of_clip(rows.clip).append(values[kind], **columns)
@@ -170,7 +170,7 @@ class _ShardRun:
         if self._image:
             jpeg = encode_jpeg(frame.rgb)
             with _writing():
-                columns = {"frame_index": [frame.index], "pts_seconds": [frame.pts_seconds]}
+                columns: dict[str, Any] = {"frame_index": [frame.index], "pts_seconds": [frame.pts_seconds]}
                 self._image.of_clip(frame.clip).append_bytes([jpeg], **columns)
         if self._embedding:
             image = self._embedding.prepare(frame.rgb)
@@ -274,18 +274,17 @@ def _of_kind(config: ExtractConfig, writers: Mapping[str, ShardWriter], kind: st
     return next((writers[name] for name in names if name in writers), None)
 
 
-def _unopened(source: VideoSource, config: ExtractConfig) -> SourceFacts:
-    """What is known of a video before, or without, decoding it; of one that is to be cut, under its first clip."""
-    name = clip_id(source.id, 0) if config.decode.clip_seconds else source.id
-    return SourceFacts(name, source.relative_path, file_size(source.path), extra=source.extra)
+def _unopened(source: VideoSource) -> SourceFacts:
+    """What is known of a video before, or without, decoding it."""
+    return SourceFacts(source.id, source.relative_path, file_size(source.path), extra=source.extra)
 
 
 def _facts(source: VideoSource, decoded: DecodedVideo, config: ExtractConfig) -> list[SourceFacts]:
-    """The facts of a video, or of each of its clips."""
+    """The facts of a video, or of each clip of one that is cut, whose first clip the source then is."""
     with open(source.path, "rb") as file:
         content_hash = hashlib.file_digest(file, "sha256").hexdigest()
     whole = replace(
-        _unopened(source, config),
+        _unopened(source),
         content_hash=content_hash,
         codec=decoded.codec,
         width=decoded.width,

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moclip.errors import SourceError
+from moclip.pipeline.extract.sampling import FIRST_CLIP
 from moclip.pipeline.extract.source_folder import VIDEO_EXTENSIONS, strip_extension, walk
 from moclip.pipeline.extract.source_table import (
     KNOWN_COLUMNS,
@@ -87,6 +88,25 @@ class Sources(Sequence[VideoSource]):
     @property
     def ids(self) -> pa.ChunkedArray:
         return self.table["id"]
+
+    def first_clips(self) -> "Sources":
+        """The same videos, which are to be cut: each under the id of its first clip."""
+        ids = pc.binary_join_element_wise(self.ids.cast(pa.string()), FIRST_CLIP, "")
+        return self._with_ids(self.table, ids).sorted()
+
+    def clips(self, ids: pa.ChunkedArray) -> "Sources":
+        """Of videos under their first clips' ids, those clips that are among ``ids``."""
+        first = pc.replace_substring_regex(ids, r"#\d{5,}$", FIRST_CLIP)
+        at = pc.index_in(first, value_set=self.ids.combine_chunks())
+        known = pc.is_valid(at)
+        return self._with_ids(self.table.take(at.filter(known)), ids.filter(known))
+
+    def _with_ids(self, table: pa.Table, ids: pa.ChunkedArray) -> "Sources":
+        return Sources(table.set_column(table.column_names.index("id"), "id", ids))
+
+    def sorted(self) -> "Sources":
+        """The same, in id order."""
+        return Sources(self.table.sort_by("id"))
 
     @property
     def labels(self) -> pa.Table:

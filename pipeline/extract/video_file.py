@@ -60,7 +60,7 @@ class VideoFile:
     def another_decoder(self) -> Any:
         """A decoder beside the stream's own, which knows what the container says as that one does."""
         own = self._stream.codec_context
-        context = av.CodecContext.create(self.codec, "r")
+        context: Any = av.CodecContext.create(self.codec, "r")
         context.extradata = own.extradata
         context.codec_tag = own.codec_tag
         context.width, context.height = self.size

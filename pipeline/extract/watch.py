@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TextIO
+from typing import Any, Generic
 
 from moclip.pipeline.extract.tasks import Progress, Report, ShardTask, Video, Work
 
@@ -98,5 +98,5 @@ def _arm() -> None:
 
 
 @lru_cache(maxsize=1)
-def _nowhere() -> TextIO:
-    return open(os.devnull, "w")
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
