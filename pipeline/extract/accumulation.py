@@ -92,10 +92,10 @@ def _map_blocks(vectors, out):  # type: ignore[no-untyped-def]
         if packed == 0:
             continue
         x0, y0 = int(v.dst_x) - int(v.w) // 2, int(v.dst_y) - int(v.h) // 2
-        if (x0 | y0 | int(v.w) | int(v.h)) % _BLOCK:
+        if (x0 | y0 | int(v.w) | int(v.h)) & (_BLOCK - 1):
             return False
-        for y in range(max(0, y0 // _BLOCK), min(out.shape[0], (y0 + int(v.h)) // _BLOCK)):
-            for x in range(max(0, x0 // _BLOCK), min(out.shape[1], (x0 + int(v.w)) // _BLOCK)):
+        for y in range(max(0, y0 >> _SHIFT), min(out.shape[0], (y0 + int(v.h)) >> _SHIFT)):
+            for x in range(max(0, x0 >> _SHIFT), min(out.shape[1], (x0 + int(v.w)) >> _SHIFT)):
                 if out[y, x] != 0:
                     # Where the later one came from outside the frame, the earlier one counts: a matter of pixels.
                     return False

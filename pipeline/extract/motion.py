@@ -105,13 +105,21 @@ def _paint_frame(vectors, width, height, first_column, first_row, out):  # type:
         y0, y1 = painted(v.dst_y, int(v.dst_y) - int(v.src_y), v.h, height)
         if x0 >= x1 or y0 >= y1:
             continue
-        scale = max(1, int(v.motion_scale))
-        dx = -int(v.motion_x) * 4 // scale
-        dy = -int(v.motion_y) * 4 // scale
+        dx, dy = _quarters(v.motion_x, v.motion_scale), _quarters(v.motion_y, v.motion_scale)
         for row in range(first_row[y0], first_row[y1]):
             for column in range(first_column[x0], first_column[x1]):
                 out[0, row, column] = dx
                 out[1, row, column] = dy
+
+
+@numba.njit(cache=True, nogil=True)
+def _quarters(motion, scale):  # type: ignore[no-untyped-def]
+    """Minus a vector's part, in quarter pixels. Most are in quarters or halves, and divisions are slow."""
+    if scale == 4:
+        return -int(motion)
+    if scale == 2:
+        return -int(motion) * 2
+    return -int(motion) * 4 // max(1, int(scale))
 
 
 @numba.njit(cache=True, nogil=True)

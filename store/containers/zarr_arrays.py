@@ -138,8 +138,8 @@ def _sharding(chunk_shape: list[int], item_bytes: int) -> dict[str, Any]:
     """Chunks of bit-shuffled zstd, each with a crc32c: a flipped bit is an error, never a feature."""
     blosc = {
         "cname": "zstd",
-        # zstd's level 5. Higher ones save 2 % and take twice the time to write.
-        "clevel": 3,
+        # zstd's level 1. Level 5 saves 6 % of small rows, none of large ones, and takes half as long again to write.
+        "clevel": 1,
         "shuffle": "bitshuffle",
         "typesize": item_bytes,
         "blocksize": 0,
