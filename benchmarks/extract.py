@@ -8,10 +8,10 @@
 
 ``speed``: CPU time of one process that decodes and writes a store, against bare PyAV loops and, where it is installed
 (pip install motion-vector-extractor), that package; on the files as they are (MPEG-4 for UCF101), and on H.264 and
-H.264 720p made of them. Quote the
-median ratio; other work on the machine weighs on it, least on the ratio of the best times. ``workers``: two processes against one. ``encoder``: wall time against
-(decoding + encoding CPU time) / cores. ``memory``: the peak memory of a worker after 100 and after 10,000 clips.
-``film``: a worker's peak memory over one long 1080p file.
+H.264 720p made of them. Quote the median ratio; other work on the machine weighs on it, least on the ratio of the best
+times. ``workers``: two processes against one. ``encoder``: wall time against (decoding + encoding CPU time) / cores.
+``memory``: the peak memory of a worker after 100 and after 10,000 clips. ``film``: a worker's peak memory over one
+long 1080p file.
 """
 
 import argparse
@@ -283,33 +283,10 @@ def film(paths: list[str], folder: Path, given: argparse.Namespace) -> None:
     path = folder / "film.mp4"
     make_film(paths, path, folder, given.hours)
     print(f"film: {given.hours} hours, {path.stat().st_size / 1e6:.0f} MB", flush=True)
-    for name, options in {
-        "motion": ("--feature", "motion"),
-        "motion, accumulated, fps:1 images": (
-            "--feature",
-            "motion",
-            "--feature",
-            "motion-accumulated",
-            "--feature",
-            "image",
-            "--frames",
-            "fps:1",
-        ),
-        "the same in clips of 10 s": (
-            "--feature",
-            "motion",
-            "--feature",
-            "motion-accumulated",
-            "--feature",
-            "image",
-            "--frames",
-            "fps:1",
-            "--clip-seconds",
-            "10",
-        ),
-    }.items():
-        seconds, _, peak = command(path, folder / f"{len(options)}.zarr", "--workers", "1", *options)
-        print(f"{name}: {seconds:.0f} s, peak of the worker {peak:.0f} MB", flush=True)
+    features = [word for kind in ("motion", "motion-accumulated", "image") for word in ("--feature", kind)]
+    options = (*features, "--frames", "fps:1", "--clip-seconds", "10", "--workers", "1")
+    seconds, _, peak = command(path, folder / "film.zarr", *options)
+    print(f"{' '.join(options)}: {seconds:.0f} s, peak of the worker {peak:.0f} MB", flush=True)
 
 
 def make_film(paths: list[str], out: Path, folder: Path, hours: float) -> None:

@@ -339,13 +339,13 @@ class Named:
 @left_to_the_collector
 def test_lifetimes_that_end_in_mid_task_are_no_crashes(tmp_path, write, queue):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    file = write(queue("local.LocalCluster", "--lifetime", "8s", "--lifetime-stagger", "2s"), "workers = 2")
+    file = write(queue("local.LocalCluster", "--lifetime", "18s", "--lifetime-stagger", "4s"), "workers = 2")
     said = tmp_path / "said"
     said.mkdir()
-    tasks = [ShardTask(i, (Named(str(i)),), ("f",)) for i in range(8)]
-    schedule.run_tasks(Cluster.of(None, None, file), tasks, Sleep(str(said), 3), lambda _: None)
+    tasks = [ShardTask(i, (Named(str(i)),), ("f",)) for i in range(12)]
+    schedule.run_tasks(Cluster.of(None, None, file), tasks, Sleep(str(said), 4), lambda _: None)
     words = {file.name: file.read_text().split() for file in said.iterdir()}
-    assert len(words) == 8
+    assert len(words) == 12
     assert all("finished" in each and "crashed" not in each for each in words.values())
     assert any(each.count("begun") > 1 for each in words.values()), "no lifetime ended while a task ran"
 

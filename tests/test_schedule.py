@@ -78,6 +78,7 @@ def test_a_crash_and_a_hang_are_recorded_and_the_others_arrive(extraction, deadl
     assert open_store(extraction[0].store).ids("motion") == ["c0", "c2", "c3", "c4", "c5", "c7"]
 
 
+@pytest.mark.slow
 def test_who_dies_with_others_and_lives_alone_is_not_blamed(extraction, deadly):
     # It takes down its worker, then the process that its shard is tried in, and then does well.
     assert run(extraction, deadly(times=2, c2="segfault")) == ({}, Progress(-1, 8, sum(range(6, 14))))
@@ -184,6 +185,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("container", "size"), [("zarr", "200k"), ("hdf5", "120k")])
 def test_a_full_disk_stops_the_run_with_one_line_and_the_next_one_continues(small_disk, tmp_path, container, size):
     folder, mount = small_disk
@@ -215,7 +217,11 @@ def moclip(*arguments):
     )
 
 
-@pytest.mark.parametrize("offered", [({"decode": 1}, {"gpu": 1}), ({}, {"gpu": 1})], ids=["decode and gpu", "gpu"])
+@pytest.mark.parametrize(
+    "offered",
+    [({"decode": 1}, {"gpu": 1}), pytest.param(({}, {"gpu": 1}), marks=pytest.mark.slow)],
+    ids=["decode and gpu", "gpu"],
+)
 def test_workers_with_a_gpu_encode_what_is_decoded(tmp_path, offered):
     """No GPU takes part: it is who does what that is looked at, and that the store is that of one process."""
     torch.manual_seed(0)
