@@ -12,12 +12,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import cloudpickle
 import pytest
 import videos
 import yaml
@@ -31,7 +28,6 @@ from moclip.pipeline.extract import jobs, schedule
 from moclip.pipeline.extract.cluster import Cluster, connect
 from moclip.pipeline.extract.cluster_file import read_cluster_file
 from moclip.pipeline.extract.features import FeatureRequest
-from moclip.pipeline.extract.tasks import Progress, ShardTask
 from moclip.store import first_difference, open_store
 
 COMPOSE = Path(__file__).parent.parent / "docker" / "compose.yaml"
@@ -306,48 +302,6 @@ def test_one_place_only_and_the_plan_names_it(tmp_path, corpus, write):
     assert (result.exit_code, "give one" in result.output) == (2, True)
     result = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert "6 videos in 6 shards on distributed.LocalCluster, 3 workers" in result.output
-
-
-@dataclass(frozen=True)
-class Sleep:
-    """A task that takes its time, and says in a file how often it was begun and finished."""
-
-    folder: str
-    seconds: float
-
-    def run(self, task, report=lambda _: None):
-        self._say(task, "begun")
-        time.sleep(self.seconds)
-        self._say(task, "finished")
-        return Progress(task.number, 1)
-
-    def give_up(self, task, reason, detail):
-        self._say(task, reason)
-        return Progress(task.number, 1, 0, 1)
-
-    def _say(self, task, what):
-        with open(f"{self.folder}/{task.number}", "a") as file:
-            file.write(f"{what}\n")
-
-
-@dataclass(frozen=True)
-class Named:
-    id: str
-
-
-@pytest.mark.slow
-@left_to_the_collector
-def test_lifetimes_that_end_in_mid_task_are_no_crashes(tmp_path, write, queue):
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    file = write(queue("local.LocalCluster", "--lifetime", "18s", "--lifetime-stagger", "4s"), "workers = 2")
-    said = tmp_path / "said"
-    said.mkdir()
-    tasks = [ShardTask(i, (Named(str(i)),), ("f",)) for i in range(12)]
-    schedule.run_tasks(Cluster.of(None, None, file), tasks, Sleep(str(said), 4), lambda _: None)
-    words = {file.name: file.read_text().split() for file in said.iterdir()}
-    assert len(words) == 12
-    assert all("finished" in each and "crashed" not in each for each in words.values())
-    assert any(each.count("begun") > 1 for each in words.values()), "no lifetime ended while a task ran"
 
 
 @contextmanager

@@ -25,7 +25,10 @@ _LOOK = 0.2
 
 @dataclass(frozen=True)
 class Death:
-    """How a process died: the ``video`` that it had begun last (None: it had begun none), a reason, and words."""
+    """How a process died: the ``video`` that it had begun last (None: it had begun none), a reason, and words.
+
+    The reason ``ended`` is that somebody asked it to end, which says nothing of the video.
+    """
 
     video: str | None
     reason: str
@@ -54,7 +57,14 @@ def run_guarded(
     command = [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"]
     # Not by multiprocessing: Dask's workers are daemons, which it allows no children.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(
+        command,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        # A queue that ends a job tells all its processes: this one hears of it by the end of its worker.
+        start_new_session=True,
+    )
     with ours, process:
         theirs.close()
         try:
@@ -114,6 +124,8 @@ def _death(code: int, begun: _Begun, seconds: float) -> Death:
     if code == watch.TIMED_OUT and begun.seconds is not None and seconds > begun.seconds - 1:
         return Death(video, "timeout", f"it was not done after {begun.seconds:g} s; --timeout-per-video allows more")
     how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return Death(video, "ended", how)
     return Death(video, "crashed", f"its process died of it, alone: {how}")
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _TOPIC = "moclip-progress"
 #: A task in a process of its own that takes its worker down so often is at fault; before, the machines may be.
-_MOST_DEATHS = 5
+_MOST_DEATHS = 10
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def take_result(future: Any, attempt: Attempt[Video], work: Work[Video], report:
         report(ended)
         return []
     report(Progress(attempt.task.number))
-    if ended is None:
+    if ended is None or ended.reason == "ended":
         return _after_a_worker(attempt, work, report)
     return _after_its_process(ended, attempt.task, work, report)
 
