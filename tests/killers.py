@@ -19,6 +19,11 @@ def segfault():
     time.sleep(60)
 
 
+def told_to_end():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
 def sleep():
     time.sleep(600)
 

@@ -9,7 +9,7 @@ import videos
 
 from moclip.errors import SourceError
 from moclip.pipeline.extract import jobs
-from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.decoding import DecodeConfig
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.sampling import FramePolicy
 from moclip.store import open_store

@@ -9,7 +9,7 @@ from odd_videos import FRAMES, SIZE, edited, mux, sideways, woven
 from sink import decode
 from videos import texture_frames
 
-from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.decoding import DecodeConfig
 from moclip.pipeline.extract.motion import VECTOR, Grid, paint_motion
 from moclip.pipeline.extract.orientation import upright_size, upright_vectors
 from moclip.pipeline.extract.sampling import FramePolicy

@@ -11,7 +11,7 @@ import sink
 import videos
 
 from moclip.errors import SourceError, VideoError
-from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.decoding import DecodeConfig
 from moclip.pipeline.extract.encode import write_video
 from moclip.pipeline.extract.sampling import FramePolicy
 

@@ -7,7 +7,7 @@ from sink import decode
 from videos import has_encoder, make_clip, one_frame, texture_frames
 
 from moclip.errors import VideoError
-from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.decoding import DecodeConfig
 from moclip.pipeline.extract.estimate import Estimator, motion_source
 from moclip.pipeline.extract.features import FeatureRequest, motion_spec
 

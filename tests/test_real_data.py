@@ -12,7 +12,7 @@ from PIL import Image
 
 from moclip.pipeline.backbones import EncoderConfig
 from moclip.pipeline.extract import jobs
-from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.decoding import DecodeConfig
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.motion import Grid
 from moclip.store import open_store

@@ -18,7 +18,7 @@ from moclip.pipeline.extract import full_disk, jobs, watch
 from moclip.pipeline.extract.cluster import Cluster
 from moclip.pipeline.extract.features import FeatureRequest
 from moclip.pipeline.extract.guard import Death, run_guarded
-from moclip.pipeline.extract.schedule import Attempt, run_tasks, take_result
+from moclip.pipeline.extract.schedule import MOST_DEATHS, Attempt, run_tasks, take_result
 from moclip.pipeline.extract.shard import Extraction
 from moclip.pipeline.extract.tasks import Progress, ShardTask, Totals
 from moclip.pipeline.extract.watch import Limited
@@ -100,6 +100,10 @@ class TestGuard:
         death = run_guarded(deadly(c1="eat_memory"), extraction[1][0], lambda _: None, 2**30)
         assert death == Death("c1", "crashed", "its process took more memory than a worker may: 1.0 GiB")
 
+    def test_to_be_told_to_end_is_no_crash(self, extraction, deadly):
+        death = run_guarded(deadly(c1="told_to_end"), extraction[1][0], lambda _: None, None)
+        assert death == Death("c1", "ended", "SIGTERM")
+
     def test_what_the_work_raises_is_raised(self, extraction):
         work, (task, _) = extraction
         with pytest.raises(MoclipError):
@@ -123,14 +127,15 @@ def test_a_worker_that_dies_is_no_verdict(extraction):
     seen = []
     (again,) = take_result(Killed(), Attempt(task), work, seen.append)
     assert again == Attempt(task, guarded=True)
-    for deaths in range(1, 5):
-        (again,) = take_result(Killed(), again, work, seen.append)
+    for deaths in range(1, MOST_DEATHS):
+        end = Killed() if deaths % 2 else Ended(Death("c1", "ended", "SIGTERM"))
+        (again,) = take_result(end, again, work, seen.append)
         assert again == Attempt(task, guarded=True, deaths=deaths)
     alone = take_result(Killed(), again, work, seen.append)
     assert [attempt.task.videos for attempt in alone] == [(video,) for video in task.videos]
     assert len({attempt.task.number for attempt in alone}) == 4
     assert all(now == Progress(0) for now in seen)
-    assert take_result(Killed(), Attempt(alone[0].task, True, 4), work, seen.append) == []
+    assert take_result(Killed(), Attempt(alone[0].task, True, MOST_DEATHS - 1), work, seen.append) == []
     publish(work.store)
     assert [row["reason"] for row in failed_entries(open_store(work.store))] == ["crashed"]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moclip.errors import VideoError
 from moclip.pipeline.extract import decode, gop
-from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.decoding import DecodeConfig
 from moclip.pipeline.extract.encode import write_video
 from moclip.pipeline.extract.sampling import FramePolicy
 from moclip.pipeline.extract.video_file import index_packets, open_video

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from moclip.errors import SourceError
 from moclip.pipeline.backbones import EncoderConfig, Preparation, load_encoder
-from moclip.pipeline.extract.decode import DecodeConfig
+from moclip.pipeline.extract.decoding import DecodeConfig
 from moclip.pipeline.extract.estimate import ESTIMATOR, MotionOption
 from moclip.pipeline.extract.image import image_spec
 from moclip.pipeline.extract.kinds import (

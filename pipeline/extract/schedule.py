@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _TOPIC = "moclip-progress"
 #: A task in a process of its own that takes its worker down so often is at fault; before, the machines may be.
-_MOST_DEATHS = 10
+MOST_DEATHS = 10
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,11 @@ def _after_a_worker(attempt: Attempt[Video], work: Work[Video], report: Report) 
     if not attempt.guarded:
         logger.info("a worker died; shard %d, which it had, is done again in a process of its own", task.number)
         return [Attempt(task, guarded=True)]
-    if attempt.deaths + 1 < _MOST_DEATHS:
+    if attempt.deaths + 1 < MOST_DEATHS:
         return [replace(attempt, deaths=attempt.deaths + 1)]
     if len(task.videos) > 1:
         return [Attempt(alone, guarded=True) for alone in task.one_by_one()]
-    report(work.give_up(task, "crashed", f"{_MOST_DEATHS} workers died with it, alone"))
+    report(work.give_up(task, "crashed", f"{MOST_DEATHS} workers died with it, alone"))
     return []
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy.typing as npt
 
 from moclip.errors import VideoError
-from moclip.pipeline.extract.decode import DecodedVideo, SampledFrame, decode_video
+from moclip.pipeline.extract.decode import decode_video
+from moclip.pipeline.extract.decoding import DecodedVideo, SampledFrame
 from moclip.pipeline.extract.embedding import (
     EmbeddingQueue,
     ImageCollector,
