@@ -8,6 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class ShardWriter:
                 shard=self._shard,
                 specification=self._spec,
                 written_at=time.time_ns() if written_at is None else written_at,
-                versions=library_versions() if versions is None else dict(versions),
+                versions=dict(library_versions() if versions is None else versions),
                 files=self._stored(),
                 videos=tuple(self._videos),
             )
@@ -223,7 +224,8 @@ def array_name(row_shape: tuple[int, ...]) -> str:
     return "x".join(str(size) for size in (row_shape[-2:] or (1,)))
 
 
-def library_versions() -> dict[str, str]:
+@cache
+def library_versions() -> Mapping[str, str]:
     """Versions of what takes part in making values: provenance, never compared."""
     versions = {}
     for name in ("moclip", "av", "h5py", "numpy", "open_clip_torch", "pillow", "tensorstore", "timm", "torch"):
