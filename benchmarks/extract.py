@@ -225,7 +225,7 @@ def command(source: Path, store: Path, *options: str) -> tuple[float, float, flo
                 peak = max(peak, child.memory_info().rss / 1e6)
                 times = child.cpu_times()
                 cpu[child.pid] = times.user + times.system
-        time.sleep(0.05)
+        time.sleep(0.2)
     seconds = time.monotonic() - start
     if process.returncode:
         raise SystemExit(process.stderr.read().decode() if process.stderr else "failed")

@@ -7,6 +7,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import SideDataContainer
 
 from moclip.pipeline.extract.accumulation import Accumulator
 from moclip.pipeline.extract.motion import VECTOR, Grid, Int16, paint_motion
@@ -83,7 +84,8 @@ class RowBuilder:
         self._flush()
 
     def _take_vectors(self, frame: av.VideoFrame) -> None:
-        side_data: Any = frame.side_data.get("MOTION_VECTORS")
+        # Not frame.side_data, which the frame would keep: a cycle, and the picture in it waits for the garbage collector.
+        side_data: Any = SideDataContainer(frame).get("MOTION_VECTORS")
         stop = start = self._stops[-1] if self._stops else 0
         if side_data is not None:
             # As bytes: numpy copies structures field by field.

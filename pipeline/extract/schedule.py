@@ -1,9 +1,10 @@
 """Tasks on a Dask cluster: a bounded number at a time, and none is lost when workers die."""
 
+import ctypes
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
@@ -102,11 +103,21 @@ def _submit(client: Any, work: Work[Video], attempt: Attempt[Video], offered: se
 
 
 def _decode_on_worker(work: Work[Video], task: ShardTask[Video]) -> Any:
-    return work.decode(task, _reporter())
+    with _memory_given_back():
+        return work.decode(task, _reporter())
 
 
 def _encode_on_worker(work: Work[Video], task: ShardTask[Video], decoded: Any) -> Progress:
-    return work.encode(task, decoded)
+    with _memory_given_back():
+        return work.encode(task, decoded)
+
+
+@contextmanager
+def _memory_given_back() -> Iterator[None]:
+    """glibc keeps what threads have freed, some more with each shard; other allocators need not be told."""
+    yield
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reporter() -> Report:
@@ -121,7 +132,8 @@ def _run_on_worker(work: Work[Video], attempt: Attempt[Video]) -> Progress | Dea
 
     if attempt.guarded:
         return run_guarded(work, attempt.task, _reporter(), get_worker().memory_manager.memory_limit)
-    return work.run(attempt.task, _reporter())
+    with _memory_given_back():
+        return work.run(attempt.task, _reporter())
 
 
 def take_result(future: Any, attempt: Attempt[Video], work: Work[Video], report: Report) -> list[Attempt[Video]]:
