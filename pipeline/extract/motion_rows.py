@@ -13,6 +13,8 @@ from moclip.pipeline.extract.accumulation import Accumulator
 from moclip.pipeline.extract.motion import VECTOR, Grid, Int16, paint_motion
 from moclip.pipeline.extract.orientation import upright_size, upright_vectors
 
+#: Not ``frame.side_data``, which the frame would keep: a cycle, and its picture would wait for the garbage collector.
+_side_data_of: Any = SideDataContainer
 #: Rows leave in blocks of at most so many rows and bytes, so that a film's motion never sits in memory whole.
 BLOCK_ROWS = 256
 BLOCK_BYTES = 32 * 2**20
@@ -84,8 +86,7 @@ class RowBuilder:
         self._flush()
 
     def _take_vectors(self, frame: av.VideoFrame) -> None:
-        # Not frame.side_data, which the frame would keep: a cycle, and the picture in it waits for the garbage collector.
-        side_data: Any = SideDataContainer(frame).get("MOTION_VECTORS")
+        side_data: Any = _side_data_of(frame).get("MOTION_VECTORS")
         stop = start = self._stops[-1] if self._stops else 0
         if side_data is not None:
             # As bytes: numpy copies structures field by field.
