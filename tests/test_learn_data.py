@@ -16,6 +16,7 @@ from moclip.pipeline.learn import data
 from moclip.pipeline.learn.clips import read_split
 from moclip.pipeline.learn.data import Motion, ahead, choose_device, middle_indices, random_indices, shuffled
 from moclip.pipeline.learn.views import (
+    Augmentation,
     Geometry,
     Views,
     fixed_views,
@@ -119,13 +120,13 @@ class TestPreparation:
         assert grids.eq(1).all()
 
     def test_training_views_stay_inside_and_use_every_size(self) -> None:
-        views = random_views(500, 224, np.random.default_rng(0))
+        views = random_views(500, Augmentation(224), np.random.default_rng(0))
         assert sorted(set(views.resize.tolist())) == [224, 256, 299]
         assert (views.left + 224 <= views.resize).all()
         assert (views.left >= 0).all()
         assert 150 < int(views.mirror.sum()) < 350
-        assert not random_views(50, 224, np.random.default_rng(0), mirror=False).mirror.any()
-        assert sorted(set(random_views(99, 64, np.random.default_rng(0)).resize.tolist())) == [64, 73, 85]
+        assert not random_views(50, Augmentation(224, mirror=False), np.random.default_rng(0)).mirror.any()
+        assert sorted(set(random_views(99, Augmentation(64), np.random.default_rng(0)).resize.tolist())) == [64, 73, 85]
 
     def test_ten_crops_are_five_and_each_ones_mirror_image(self) -> None:
         views = fixed_views(2, 224, 10)
@@ -170,7 +171,7 @@ class TestMotion:
         assert motion.resident == resident
         videos = np.array([3, 0, 4, 1, 2, 0])
         frames = np.random.default_rng(0).integers(0, motion.frames[videos][:, None], (6, 2))
-        views = random_views(6, 32, np.random.default_rng(1))
+        views = random_views(6, Augmentation(32), np.random.default_rng(1))
         batch = motion.prepared(motion.fetch(videos, frames), views, 32)
         assert batch.shape == (6, 2, 2, 32, 32)
         for i, video in enumerate(videos):

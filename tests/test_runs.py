@@ -1,8 +1,9 @@
-"""Run directories: whole files, refusals that say what to do, unfinished runs that may be overwritten;
+"""Run directories: whole files, refusals that say what to do, unfinished runs that are gone on with;
 metrics.
 """
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from synthetic import embedding_spec
 
 from moclip.errors import RunError
 from moclip.pipeline.learn.clips import Clips, Split
-from moclip.pipeline.learn.fit import EpochRow, Fitted
+from moclip.pipeline.learn.fit import EpochRow, Fitted, Snapshot
 from moclip.pipeline.learn.metrics import Evaluation, score
 from moclip.pipeline.learn.runs import RunWriter, load_run, write_evaluation
 
@@ -40,8 +41,7 @@ def evaluation() -> Evaluation:
 
 def finished(out: Path, kind: str = "tsn") -> RunWriter:
     writer = RunWriter(out, kind, Config(), SPLIT, {"embedding-x": embedding_spec()})
-    writer.record(ROW)
-    writer.keep({"w": torch.arange(6.0).reshape(2, 3).T})
+    writer.keep({"w": torch.arange(6.0).reshape(2, 3).T}, [ROW])
     writer.finish(kind, Fitted((ROW,), ROW), evaluation())
     return writer
 
@@ -70,17 +70,29 @@ def test_a_finished_run_or_anything_else_is_never_overwritten(tmp_path: Path) ->
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
-def test_an_unfinished_run_starts_anew(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_gone_on_with_if_it_is_the_same(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run", "tsn", Config(), SPLIT, {})
-    writer.keep({"w": torch.zeros(1)})
-    (tmp_path / "run" / "features.zarr").mkdir()
-    (tmp_path / "run" / "features.zarr" / "zarr.json").write_text("{}")
+    assert writer.saved() is None
+    state = {"w": torch.zeros(1)}
+    snapshot = Snapshot(
+        {"w": torch.ones(1)}, {"state": {}, "param_groups": []}, [torch.get_rng_state()], [ROW], 0, state
+    )
+    writer.save(snapshot)
+    (writer.new_folder("features.zarr")).mkdir()
     assert not load_run(tmp_path / "run").finished
-    RunWriter(tmp_path / "run", "probe", Config(seed=4), SPLIT, {})
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "trained_on.parquet"]
-    assert load_run(tmp_path / "run").config["seed"] == 4
-    with pytest.raises(RunError, match=r"model\.safetensors cannot be read"):
-        load_run(tmp_path / "run").weights()
+
+    again = RunWriter(tmp_path / "run", "tsn", Config(), SPLIT, {})
+    saved = again.saved()
+    assert saved is not None
+    assert (saved.history, saved.best, saved.model, saved.best_state) == ([ROW], 0, snapshot.model, state)
+    assert torch.equal(saved.random[0], snapshot.random[0])
+    assert not again.new_folder("features.zarr").exists()
+    with pytest.raises(RunError, match=r'kind is "tsn", "probe" was asked for, seed is 0, 4 was asked for'):
+        RunWriter(tmp_path / "run", "probe", Config(seed=4), SPLIT, {})
+
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(pickle.dumps(print, protocol=2))
+    with pytest.raises(RunError, match=r"checkpoint\.pt cannot be read \(UnpicklingError\); remove it"):
+        again.saved()
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

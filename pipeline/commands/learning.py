@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 
 _TRAINING = together(
     click.option("--split", required=True, metavar="NAME", help="The split of the store to train and test on."),
-    click.option("--out", required=True, type=NEW, help="The run directory to make."),
-    click.option("--epochs", type=int, help="Passes over the training part.  [default: tsn 30, else 100]"),
-    click.option("--batch", type=int, help="Clips a step.  [default: tsn 24, else 64]"),
-    click.option("--lr", type=float, help="Learning rate.  [default: tsn 0.01, else 0.0001]"),
-    click.option("--segments", type=int, help="Segments a clip in training.  [default: 3]"),
+    click.option("--out", required=True, type=NEW, help="The run directory to make, or to go on with."),
+    click.option(
+        "--recipe", default="fast", show_default=True, metavar="NAME|FILE", help="fast, moclip-lite, or a .toml file."
+    ),
+    click.option("--epochs", type=int, help="Passes over the training part.  [default: the recipe's]"),
+    click.option("--batch", type=int, help="Clips a step.  [default: the recipe's]"),
+    click.option("--lr", type=float, help="Learning rate.  [default: the recipe's]"),
+    click.option("--segments", type=int, help="Segments a clip in training.  [default: the recipe's]"),
     click.option(
         "--val-fraction",
         type=float,
-        help="Part of train, in whole groups, that chooses the epoch; 0 takes the last.  [default: 0.15]",
+        help="Part of train, in whole groups, that chooses the epoch; 0 takes the last.  [default: the recipe's]",
     ),
     click.option("--seed", type=int, help="Fixes every random choice.  [default: 0]"),
     click.option("--device", help="cpu, cuda or auto.  [default: auto]"),
+    click.option(
+        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other value of the recipe; again for more."
+    ),
 )
 
 
@@ -53,11 +59,12 @@ def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
 
     \b
     Example:
-      moclip train tsn ucf101.zarr --split 1 --out runs/tsn --epochs 200
+      moclip train tsn ucf101.zarr --split 1 --out runs/tsn --recipe moclip-lite
     """
+    from moclip.pipeline.learn.recipes import configured
     from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
 
-    config = TSNConfig(**_given(options), mirror=not no_mirror)
+    config = configured(TSNConfig, "tsn", **_given({**options, "mirror": False if no_mirror else None}))
     with _training_bar(config.epochs) as on_epoch:
         result = train_tsn(store, out, config, on_epoch=on_epoch)
     _print_result(result)
@@ -76,8 +83,9 @@ def fusion(store: str, out: Path, motion_run: Path, **options: Any) -> None:
       moclip train fusion ucf101.zarr --split 1 --motion-run runs/tsn --out runs/fusion
     """
     from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
+    from moclip.pipeline.learn.recipes import configured
 
-    config = FusionConfig(**_given(options), motion_run=str(motion_run))
+    config = configured(FusionConfig, "fusion", **_given(options), motion_run=str(motion_run))
     with _training_bar(config.epochs) as on_epoch:
         result = train_fusion(store, out, config, on_epoch=on_epoch)
     _print_result(result)
@@ -95,15 +103,16 @@ def probe(store: str, out: Path, **options: Any) -> None:
       moclip train probe ucf101.zarr --split 1 --out runs/probe
     """
     from moclip.pipeline.learn.fusion import FusionConfig, train_probe
+    from moclip.pipeline.learn.recipes import configured
 
-    config = FusionConfig(**_given(options))
+    config = configured(FusionConfig, "probe", **_given(options))
     with _training_bar(config.epochs) as on_epoch:
         result = train_probe(store, out, config, on_epoch=on_epoch)
     _print_result(result)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What was said on the command line; the configuration knows the defaults."""
+    """What was said on the command line; the recipe has the rest."""
     return {name: value for name, value in options.items() if value is not None}
 
 

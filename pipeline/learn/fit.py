@@ -1,20 +1,27 @@
 """The training loop, the same for every model, read from top to bottom."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.training import Training
 
-#: Inputs and targets, both on the model's device.
-Batch = tuple[torch.Tensor, torch.Tensor]
+#: What a model takes, and targets, both on its device.
+Batch = tuple[Any, torch.Tensor]
 State = dict[str, torch.Tensor]
+
+#: Seconds between checkpoints: epochs that take less are trained again after a kill, with the same result.
+CHECKPOINT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,35 @@ OnEpoch = Callable[[EpochRow], None]
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """All that a training needs to go on after an epoch as if nothing had happened.
+
+    Batches are functions of seed and epoch; ``random`` is the state of torch's own generators (dropout), that of the
+    CPU and those of its GPUs.
+    """
+
+    model: State
+    optimizer: dict[str, object]
+    random: list[torch.Tensor]
+    history: list[EpochRow]
+    best: int
+    best_state: State
+
+
+class Keeper(Protocol):
+    """Where a training leaves what it comes to."""
+
+    def keep(self, state: State, history: Sequence[EpochRow]) -> None:
+        """The weights of the best epoch, and all epochs so far."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """What it takes to go on from here."""
+
+    def saved(self) -> Snapshot | None:
+        """What was saved last, by this training or by one before it that broke off."""
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What a training came to: the model now holds the state of epoch ``best``."""
 
@@ -43,54 +79,105 @@ class Fitted:
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    config: Training,
     *,
-    epochs: int,
-    milestones: Sequence[int] = (),
     train: Callable[[int], Iterable[Batch]],
     val: Callable[[], Iterable[Batch]] | None,
-    keep: Callable[[State], None],
-    on_epoch: OnEpoch,
+    keeper: Keeper,
+    on_epoch: OnEpoch = lambda _: None,
 ) -> Fitted:
-    """Train by cross-entropy, and end with the epoch that does best on ``val``, or with the last one
-    without it.
+    """Train by cross-entropy, and end with the epoch that does best on ``val``, or with the last one without it.
 
-    ``train(epoch)`` and ``val()`` give batches. The learning rate is divided by ten after each epoch count of
-    ``milestones``. ``keep`` gets every state that beats those before it, so a training that breaks off has
-    left its last good one. :class:`RunError` at the first loss that is not a number.
+    ``train(epoch)`` and ``val()`` give batches. A training that was broken off goes on from ``keeper``'s snapshot,
+    with the result that it would have had. :class:`RunError` at the first loss that is not a number; the best epoch
+    before it is kept.
     """
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma=0.1)
+    device = next(model.parameters()).device
     history: list[EpochRow] = []
     best: EpochRow | None = None
     best_state: State = {}
-    for epoch in range(1, epochs + 1):
+    if snapshot := keeper.saved():
+        model.load_state_dict(snapshot.model)
+        optimizer.load_state_dict(snapshot.optimizer)
+        _set_random_state(snapshot.random)
+        history, best_state = list(snapshot.history), snapshot.best_state
+        best = history[snapshot.best]
+    rates = [group["initial_lr"] for group in _with_initial_rates(optimizer)]
+    saved_at = time.monotonic()
+
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        if best and config.patience and epoch - best.epoch > config.patience:
+            break
         started = time.perf_counter()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.1 ** sum(epoch > milestone for milestone in config.milestones)
         lr = float(optimizer.param_groups[0]["lr"])
         model.train()
         total, seen = 0.0, 0
-        for number, (inputs, targets) in enumerate(train(epoch), start=1):
-            loss = cross_entropy(model(inputs), targets)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
-                raise RunError(f"the loss is {value} at epoch {epoch}, batch {number}; {good}; lower the lr ({lr:g})")
+        for number, batches in enumerate(_groups(train(epoch), config.accumulate), start=1):
+            clips = sum(len(targets) for _, targets in batches)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            for inputs, targets in batches:
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+                    logits = model(inputs)
+                loss = cross_entropy(logits.float(), targets, reduction="sum") / clips
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
+                    if best:
+                        keeper.keep(best_state, history)
+                    raise RunError(
+                        f"the loss is {value} at epoch {epoch}, batch {number}; {good}; lower the lr ({lr:g})"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                total, seen = total + value * clips, seen + len(targets)
             optimizer.step()
-            total, seen = total + value * len(targets), seen + len(targets)
-        schedule.step()
 
         val_loss, val_top1 = validate(model, val()) if val else (None, None)
         row = EpochRow(epoch, total / seen, val_loss, val_top1, time.perf_counter() - started, lr)
+        history.append(row)
         if best is None or _beats(row, best):
             best = row
-            best_state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-            keep(best_state)
-        history.append(row)
+            best_state = _copied(model.state_dict())
+        if epoch == config.epochs or time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
+            state = _copied(model.state_dict())
+            now = Snapshot(state, optimizer.state_dict(), _random_state(), history, history.index(best), best_state)
+            keeper.save(now)
+            saved_at = time.monotonic()
         on_epoch(row)
     assert best is not None
+    keeper.keep(best_state, history)
     model.load_state_dict(best_state)
     model.eval()
     return Fitted(tuple(history), best)
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of one step each."""
+    left = iter(batches)
+    while group := list(islice(left, size)):
+        yield group
+
+
+def _with_initial_rates(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """The optimizer's groups; each remembers the rate that it began with, in its snapshots too."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer.param_groups
+
+
+def _copied(state: State) -> State:
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def _random_state() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def _set_random_state(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def validate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
@@ -113,11 +200,22 @@ def _beats(row: EpochRow, best: EpochRow) -> bool:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's random numbers start from ``seed`` inside, and are as they were afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def seeded(seed: int, *, deterministic: bool = False) -> Iterator[None]:
+    """torch's random numbers start from ``seed`` inside, and are as they were afterwards.
+
+    ``deterministic`` makes torch choose, inside, only algorithms that always give the same numbers.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        # cuBLAS reads this when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

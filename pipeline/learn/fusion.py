@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -18,51 +18,50 @@ from moclip.errors import RunError
 from moclip.pipeline.learn.clips import Clips, Split, read_labelled, read_split
 from moclip.pipeline.learn.data import Ints, choose_device, shuffled
 from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, one_thread, seeded
+from moclip.pipeline.learn.heads import HEADS, READS_SEGMENTS, ClipFeatures, make_head
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
-from moclip.pipeline.learn.pooled import POOLED
-from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_run
+from moclip.pipeline.learn.pooled import POOLED, POOLED_SEGMENTS, POOLED_VIEWS, VIEW_SEGMENTS
+from moclip.pipeline.learn.recipes import configured
+from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_run, load_weights
+from moclip.pipeline.learn.training import Training
 from moclip.store import Store, open_store
 
-_HIDDEN = 512
-_READ_VIDEOS = 1024
+#: Clips in one forward pass without gradients.
+_TOGETHER = 1024
+#: Which of a clip's stored frames a head sees: one at random (another in each epoch, one by the clip's id in tests),
+#: the middle one, or all (their mean, in heads that see one image).
+FRAMES = ("all", "random", "middle")
 
 
 @dataclass(frozen=True)
-class FusionConfig:
+class FusionConfig(Training):
     """How to train a fusion head or, without ``motion_run``, the image-only probe.
 
-    ``segments`` of a clip's pooled motion rows are drawn for each epoch; evaluation averages all. The paper's
-    learning rate suits its corpora of thousands of clips: 100 epochs of a few hundred are some hundred steps.
+    In training, ``segments`` rows of a clip's pooled motion are drawn for each epoch, from its augmented views where
+    the run has them; evaluation sees all rows of the plain view. ``head`` is one of :data:`HEADS`, ``frames`` of
+    :data:`FRAMES`. The paper's learning rate suits its corpora of thousands of clips: 100 epochs of a few hundred are
+    some hundred steps.
     """
 
-    split: str
     motion_run: str | None = None
     feature: str = "embedding"
+    head: str = "mlp"
+    frames: str = "all"
     segments: int = 3
-    batch: int = 64
-    epochs: int = 100
     lr: float = 1e-4
-    val_fraction: float = 0.15
-    seed: int = 0
-    device: str = "auto"
+    weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("segments", "batch", "epochs", "lr"):
-            if getattr(self, name) <= 0:
-                raise RunError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.val_fraction < 1:
-            raise RunError(f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
-
-
-class FusionHead(nn.Sequential):
-    """Features to logits: Linear 512, ReLU, Dropout 0.5, Linear."""
-
-    def __init__(self, inputs: int, classes: int) -> None:
-        super().__init__(nn.Linear(inputs, _HIDDEN), nn.ReLU(), nn.Dropout(0.5), nn.Linear(_HIDDEN, classes))
+        super().__post_init__()
+        if self.segments <= 0:
+            raise RunError(f"segments is {self.segments}; it must be positive")
+        for name, known in (("head", tuple(HEADS)), ("frames", FRAMES)):
+            if getattr(self, name) not in known:
+                raise RunError(f"no {name} {getattr(self, name)!r}; there are: {', '.join(known)}")
 
 
 def train_fusion(
-    store_path: str | Path, out: str | Path, config: FusionConfig, *, on_epoch: OnEpoch | None = None
+    store_path: str | Path, out: str | Path, config: FusionConfig, *, on_epoch: OnEpoch = lambda _: None
 ) -> TrainResult:
     """Train the fusion head on ``config.motion_run``'s pooled features and the store's embedding, and test
     it.
@@ -75,7 +74,7 @@ def train_fusion(
 
 
 def train_probe(
-    store_path: str | Path, out: str | Path, config: FusionConfig, *, on_epoch: OnEpoch | None = None
+    store_path: str | Path, out: str | Path, config: FusionConfig, *, on_epoch: OnEpoch = lambda _: None
 ) -> TrainResult:
     """Train the same head on the image embedding alone, and test it: what motion has to add to."""
     if config.motion_run is not None:
@@ -85,7 +84,7 @@ def train_probe(
 
 def evaluate_head(run: Run, store: Store, split: str, *, device: str) -> Evaluation:
     """Test a fusion or a probe on the test side of a split."""
-    config = FusionConfig(**run.config)
+    config = configured(FusionConfig, run.kind, None, **run.config)
     if config.motion_run is not None:
         config = replace(config, motion_run=str(run.path / config.motion_run))
     motion, image = _sources(store, config)
@@ -96,20 +95,20 @@ def evaluate_head(run: Run, store: Store, split: str, *, device: str) -> Evaluat
     if not len(found):
         raise RunError(f"no test clip of split {split!r} has the features that {run.path} needs")
     clips = by_name(found, names, run.classes)
-    features = Features(store, image, motion, clips.ids, choose_device(device))
-    head = FusionHead(features.dim, len(run.classes))
-    head.load_state_dict(run.weights())
-    logits = _predict(head.to(features.device), features)
+    features = Features(store, image, motion, clips.ids, config, choose_device(device))
+    head = make_head(config.head, *features.sizes, len(run.classes))
+    load_weights(head, run)
+    logits = _predict(head.to(features.device), features, np.arange(len(clips)))
     return score(logits, clips, run.classes, split=split, protocol="pooled", missing=missing)
 
 
-def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_epoch: OnEpoch | None) -> TrainResult:
+def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_epoch: OnEpoch) -> TrainResult:
     motion, image = _sources(store, config)
     split = read_split(store, config.split, features=[image], val_fraction=config.val_fraction)
     if motion is not None:
         _check_motion_run(load_run(str(config.motion_run), kind="tsn"), split)
         split = _split_with_pooled(split, motion)
-    features = Features(store, image, motion, split.every.ids, choose_device(config.device))
+    features = Features(store, image, motion, split.every.ids, config, choose_device(config.device))
     specs = {image: store.features[image]}
     saved = config
     if motion is not None:
@@ -123,32 +122,24 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
     def train(epoch: int) -> Iterator[Batch]:
         rng = np.random.default_rng([config.seed, epoch])
         for videos in shuffled(n_train, config.batch, rng):
-            yield (
-                features.sample(videos, config.segments, rng),
-                targets[torch.from_numpy(videos).to(targets.device)],
-            )
+            yield features.sample(videos, rng), targets[torch.from_numpy(videos).to(targets.device)]
 
     def val() -> Iterator[Batch]:
-        held_out = slice(n_train, n_train + n_val)
-        yield features.means[held_out], targets[held_out]
+        held_out = np.arange(n_train, n_train + n_val)
+        yield features.whole(held_out), targets[n_train : n_train + n_val]
 
-    def record(row: Any) -> None:
-        writer.record(row)
-        if on_epoch:
-            on_epoch(row)
-
-    with seeded(config.seed), one_thread():
-        head = FusionHead(features.dim, len(split.classes)).to(features.device)
+    with seeded(config.seed, deterministic=config.deterministic), one_thread():
+        head = make_head(config.head, *features.sizes, len(split.classes)).to(features.device)
         fitted = fit(
             head,
-            torch.optim.AdamW(head.parameters(), lr=config.lr),
-            epochs=config.epochs,
+            torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay),
+            config,
             train=train,
             val=val if n_val else None,
-            keep=writer.keep,
-            on_epoch=record,
+            keeper=writer,
+            on_epoch=on_epoch,
         )
-    logits = _predict(head, features)[-len(split.test) :]
+    logits = _predict(head, features, np.arange(n_train + n_val, len(split.every)))
     test = score(logits, split.test, split.classes, split=split.name, protocol="pooled", missing=split.missing)
     return writer.finish(kind, fitted, test)
 
@@ -156,55 +147,82 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
 class Features:
     """The frozen features of some videos, resident on the device: pooled motion rows and image embeddings.
 
-    ``motion`` is (videos, 25, D) float16, or None for the probe; a video's images are a range of ``images``.
-    ``means`` is what evaluation sees, (videos, dim): motion and image, each averaged over the video's rows.
+    ``motion`` is (videos, 25, D) float16, or None for the probe, ``views`` (views of some of the videos, 9, D)
+    its augmented views; a video's images are a range of ``images``. ``sizes`` are D (0 without motion) and E.
     """
 
     def __init__(
-        self, store: Store, image: str, motion: Store | None, ids: Sequence[str], device: torch.device
+        self,
+        store: Store,
+        image: str,
+        motion: Store | None,
+        ids: Sequence[str],
+        config: FusionConfig,
+        device: torch.device,
     ) -> None:
-        self.device = device
-        self.count = store.row_counts(image, ids)
-        self.start = np.cumsum(self.count) - self.count
-        self.images = torch.from_numpy(_read(store, image, ids)).to(device)
+        self.device, self.config = device, config
+        self.images = torch.from_numpy(np.concatenate(store.read_all(image, ids))).to(device)
+        self._count = store.row_counts(image, ids)
+        self._start = np.cumsum(self._count) - self._count
+        #: The frame that a clip is tested by where it is one at random.
+        self._own = np.array([crc32(f"{config.seed} {video}".encode()) for video in ids], np.int64) % self._count
         self.motion: torch.Tensor | None = None
+        self._whole: torch.Tensor | None = None
+        self.views: torch.Tensor | None = None
         if motion is not None:
-            rows = _read(motion, POOLED, ids)
-            self.motion = torch.from_numpy(rows.reshape(len(ids), -1, rows.shape[1])).to(device)
-        self.means = self._means()
-        self.dim = self.means.shape[1]
+            self.motion = self._whole = self._pooled(motion, POOLED, ids, POOLED_SEGMENTS)
+            if config.head not in READS_SEGMENTS:
+                parts = torch.split(self.motion, _TOGETHER)
+                self._whole = torch.cat([part.float().mean(1, keepdim=True) for part in parts])
+            there = set(motion.ids(POOLED_VIEWS)) if POOLED_VIEWS in motion.features else set()
+            augmented = [video for video in ids if video in there]
+            place = {video: i for i, video in enumerate(augmented)}
+            self._augmented = np.array([place.get(video, -1) for video in ids], np.int64)
+            if augmented:
+                self.views = self._pooled(motion, POOLED_VIEWS, augmented, VIEW_SEGMENTS)
+                self._views_each = len(self.views) // len(augmented)
+        self.sizes = (0 if self.motion is None else self.motion.shape[-1], self.images.shape[-1])
 
-    def sample(self, videos: Ints, segments: int, rng: np.random.Generator) -> torch.Tensor:
-        """Training input (n, dim): the mean of one random motion row from each of ``segments`` parts, and one
-        random image.
-        """
-        rows = self.start[videos] + rng.integers(self.count[videos])
-        image = self.images[self._to(rows)].float()
+    def sample(self, videos: Ints, rng: np.random.Generator) -> ClipFeatures:
+        """What training sees of videos (positions): one random motion row from each of ``segments`` parts."""
+        chosen = rng.integers(self._count[videos]) if self.config.frames == "random" else None
+        images = self._images(videos, chosen)
         if self.motion is None:
-            return image
-        there = self.motion.shape[1]
-        parts = np.array_split(np.arange(there), min(segments, there))
+            return ClipFeatures(None, *images)
+        rows, at = self.motion, videos
+        if self.views is not None and (self._augmented[videos] >= 0).all():
+            rows = self.views
+            at = self._augmented[videos] * self._views_each + rng.integers(self._views_each, size=len(videos))
+        parts = np.array_split(np.arange(rows.shape[1]), min(self.config.segments, rows.shape[1]))
         drawn = np.stack([rng.choice(part, len(videos)) for part in parts], 1)
-        motion = self.motion[self._to(videos)[:, None], self._to(drawn)].float().mean(1)
-        return torch.cat([motion, image], 1)
+        return ClipFeatures(rows[self._to(at)[:, None], self._to(drawn)].float(), *images)
 
-    def _means(self) -> torch.Tensor:
-        owner = torch.from_numpy(np.repeat(np.arange(len(self.count)), self.count)).to(self.device)
-        image = torch.zeros((len(self.count), self.images.shape[1]), device=self.device)
-        image.index_add_(0, owner, self.images.float())
-        image /= self._to(self.count)[:, None]
-        if self.motion is None:
-            return image
-        return torch.cat(
-            [torch.cat([some.float().mean(1) for some in torch.split(self.motion, _READ_VIDEOS)]), image], 1
-        )
+    def whole(self, videos: Ints) -> ClipFeatures:
+        """What evaluation sees of videos: every row of the plain view, or their mean where that is the same."""
+        images = self._images(videos, self._own[videos])
+        motion = None if self._whole is None else self._whole[self._to(videos)].float()
+        return ClipFeatures(motion, *images)
+
+    def _images(self, videos: Ints, random: Ints | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images (n, frames, E), which of them are there, and their positions."""
+        count = self._count[videos]
+        if self.config.frames == "all":
+            order = np.arange(count.max())
+            there = order < count[:, None]
+            which = np.where(there, order, 0)
+        else:
+            which = (count // 2 if self.config.frames == "middle" or random is None else random)[:, None]
+            there = np.ones_like(which, bool)
+        images = self.images[self._to(self._start[videos][:, None] + which)].float()
+        position = ((which + 0.5) / count[:, None]).astype(np.float32)
+        return images, torch.from_numpy(there).to(self.device), torch.from_numpy(position).to(self.device)
+
+    def _pooled(self, motion: Store, feature: str, ids: Sequence[str], segments: int) -> torch.Tensor:
+        rows = np.concatenate(motion.read_all(feature, ids))
+        return torch.from_numpy(rows.reshape(-1, segments, rows.shape[1])).to(self.device)
 
     def _to(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
-
-
-def _read(store: Store, feature: str, ids: Sequence[str]) -> Any:
-    return np.concatenate(store.read_all(feature, ids))
 
 
 def _sources(store: Store, config: FusionConfig) -> tuple[Store | None, str]:
@@ -253,8 +271,9 @@ def _split_with_pooled(split: Split, motion: Store) -> Split:
     return Split(split.name, split.classes, train, val, test, missing, split.digest)
 
 
-def _predict(head: FusionHead, features: Features) -> torch.Tensor:
+def _predict(head: nn.Module, features: Features, videos: Ints) -> torch.Tensor:
     head.eval()
     with torch.inference_mode():
-        logits: torch.Tensor = head(features.means)
-    return logits
+        return torch.cat(
+            [head(features.whole(some)) for some in np.split(videos, range(_TOGETHER, len(videos), _TOGETHER))]
+        )

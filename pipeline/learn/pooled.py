@@ -1,34 +1,47 @@
 """Pooled motion features: what a trained MV-TSN says about each video, computed once and kept in its run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moclip.pipeline.learn.data import Ints, Motion, ahead, middle_indices
-from moclip.pipeline.learn.views import fixed_views
+from moclip.pipeline.learn.data import Ints, Motion, ahead, middle_indices, random_indices
+from moclip.pipeline.learn.views import Augmentation, fixed_views, random_views
 from moclip.store import FeatureSpec, ShardWriter, SourceFacts, add_feature, create_store, publish
 
+#: Positions of videos (n), the frames seen (n, segments), and features (n, segments, D) float32 on the CPU.
+Pooled = tuple[Ints, Ints, torch.Tensor]
 #: Images (n, 2, S, S) to pooled features (n, D), in eval mode.
 Features = Callable[[torch.Tensor], torch.Tensor]
 
 #: The pooled features that a fusion is trained on: this many test segments a clip, centre crop.
 POOLED_SEGMENTS = 25
 POOLED = "mv-tsn"
-_SHARD_VIDEOS = 2000
+#: Augmented views of the training clips, of this many random segments each.
+POOLED_VIEWS = "mv-tsn-views"
+VIEW_SEGMENTS = 9
+_SHARD_VIDEOS = 500
 #: Images in one forward pass without gradients.
 _IMAGES = 64
 
 
-def pool(
-    features: Features, motion: Motion, size: int, segments: int, crops: int = 1
-) -> Iterator[tuple[Ints, Ints, torch.Tensor]]:
+@dataclass(frozen=True)
+class Augmented:
+    """``views`` random views of each of the first ``clips`` videos."""
+
+    clips: int
+    views: int
+    seed: int
+    how: Augmentation
+
+
+def pool(features: Features, motion: Motion, size: int, segments: int, crops: int = 1) -> Iterator[Pooled]:
     """The pooled features of every video of ``motion``, in order, some videos at a time.
 
-    Yields the videos' positions (n), the frames seen (n, segments) and the features, averaged over crops,
-    (n, segments, D) float32 on the CPU. Logits are linear in them, so averaging here averages logits.
+    Features are averaged over crops; logits are linear in them, so averaging here averages logits.
     """
     together = max(1, 2 * _IMAGES // (segments * crops))
     everyone = np.arange(len(motion.ids))
@@ -45,38 +58,80 @@ def pool(
             yield videos, frames, rows.view(len(videos), crops, segments, -1).mean(1).cpu()
 
 
-def write_pooled(path: Path, features: Features, motion: Motion, *, size: int, weights_sha256: str) -> torch.Tensor:
+def pool_views(features: Features, motion: Motion, augmented: Augmented) -> Iterator[Pooled]:
+    """Views as training shows them: like :func:`pool`, but a clip's rows are ``views`` times
+    :data:`VIEW_SEGMENTS`, one view after the other.
+    """
+    rng = np.random.default_rng([augmented.seed, augmented.views])
+    views, clips, how = augmented.views, augmented.clips, augmented.how
+    rows = views * VIEW_SEGMENTS
+    together = max(1, 2 * _IMAGES // rows)
+    chunks = np.split(np.arange(clips), range(together, clips, together))
+
+    def fetch(videos: Ints) -> Any:
+        often = np.repeat(videos, views)
+        frames = motion.before_i_frames(often, random_indices(motion.frames[often], VIEW_SEGMENTS, rng))
+        return videos, frames, random_views(len(often), how, rng), motion.fetch(often, frames)
+
+    with torch.inference_mode():
+        for videos, frames, shown, parts in ahead(chunks, fetch):
+            images = motion.prepared(parts, shown, how.size).flatten(0, 1)
+            pooled = torch.cat([features(some) for some in torch.split(images, _IMAGES)])
+            yield videos, frames.reshape(len(videos), rows), pooled.view(len(videos), rows, -1).cpu()
+
+
+def write_pooled(
+    path: Path, features: Features, motion: Motion, *, size: int, augmented: Augmented | None, weights_sha256: str
+) -> torch.Tensor:
     """Write every video's pooled features as a store of its own; returns their means over segments (videos, D)."""
+    create_store(path)
+    means = []
+
+    def of_all() -> Iterator[Pooled]:
+        for videos, frames, rows in pool(features, motion, size, POOLED_SEGMENTS):
+            means.append(rows.mean(1))
+            yield videos, frames, rows
+
+    about = {
+        "version": 1,
+        "motion": motion.store.features[motion.feature].digest,
+        "weights_sha256": weights_sha256,
+        "input_size": size,
+    }
+    _write(path, POOLED, {**about, "segments": POOLED_SEGMENTS}, motion, of_all())
+    if augmented:
+        about |= {"segments": VIEW_SEGMENTS, "augmented": asdict(augmented)}
+        _write(path, POOLED_VIEWS, about, motion, pool_views(features, motion, augmented))
+    publish(path)
+    return torch.cat(means)
+
+
+def _write(
+    path: Path,
+    kind: str,
+    parameters: Mapping[str, Any],
+    motion: Motion,
+    pooled: Iterator[Pooled],
+) -> None:
     spec = FeatureSpec(
-        kind=POOLED,
+        kind=kind,
         dtype="float16",
         unit="1",
-        parameters={
-            "version": 1,
-            "motion": motion.store.features[motion.feature].digest,
-            "weights_sha256": weights_sha256,
-            "input_size": size,
-            "segments": POOLED_SEGMENTS,
-        },
+        parameters=parameters,
         columns={"frame_index": "int32", "pts_seconds": "float64"},
         axes=("channel",),
     )
-    create_store(path)
-    add_feature(path, POOLED, spec)
-    means, shard, count = [], None, 0
-    for videos, frames, rows in pool(features, motion, size, POOLED_SEGMENTS):
-        ids = motion.ids[videos].tolist()
+    add_feature(path, kind, spec)
+    shard, count = None, 0
+    for videos, frames, rows in pooled:
         seconds = motion.seconds(videos, frames)
-        for i, video in enumerate(ids):
+        for i, video in enumerate(motion.ids[videos].tolist()):
             if shard is None or count % _SHARD_VIDEOS == 0:
                 if shard is not None:
                     shard.finish()
-                shard = ShardWriter(path, feature=POOLED, spec=spec, shard=f"{count // _SHARD_VIDEOS:06d}")
+                shard = ShardWriter(path, feature=kind, spec=spec, shard=f"{count // _SHARD_VIDEOS:06d}")
             shard.append(rows[i].numpy(), frame_index=frames[i], pts_seconds=seconds[i])
             shard.ok(SourceFacts(id=video))
             count += 1
-        means.append(rows.mean(1))
     if shard is not None:
         shard.finish()
-    publish(path)
-    return torch.cat(means)

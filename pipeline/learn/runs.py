@@ -2,6 +2,7 @@
 
 RUN/config.json            kind, classes, split, features' specifications, the training's configuration
 RUN/model.safetensors      the weights of the best epoch so far
+RUN/checkpoint.pt          what an unfinished training needs to go on
 RUN/trained_on.parquet     the ids of the clips of train and val
 RUN/history.csv            one row an epoch
 RUN/features.zarr          pooled motion features (kind tsn), a feature store
@@ -13,10 +14,11 @@ RUN/evaluations/           what later evaluations found
 import csv
 import io
 import json
+import pickle
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,18 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from moclip.errors import RunError
 from moclip.pipeline.learn.clips import Split
-from moclip.pipeline.learn.fit import EpochRow, Fitted
+from moclip.pipeline.learn.fit import EpochRow, Fitted, Snapshot, State
 from moclip.pipeline.learn.metrics import Evaluation, Metrics
 from moclip.store import FeatureSpec, Store, parquet_bytes, write_atomic
 
 FORMAT = 1
 KINDS = ("tsn", "fusion", "probe")
 FEATURES = "features.zarr"
-_FILES = ("model.safetensors", "trained_on.parquet", "history.csv", "predictions.parquet", FEATURES, "evaluations")
+_CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,27 @@ def load_run(path: str | Path, *, kind: str | None = None) -> Run:
     return run
 
 
+def load_weights(model: nn.Module, run: Run) -> None:
+    """Put a run's weights into ``model``. :class:`RunError` if they are of another network."""
+    try:
+        model.load_state_dict(run.weights())
+    except RuntimeError as error:
+        raise RunError(
+            f"{run.path}/model.safetensors holds another network than its config.json says; train the run again"
+        ) from error
+
+
 class RunWriter:
-    """Writes a run while it is trained. Each file appears whole; ``metrics.json`` comes last."""
+    """Writes a run while it is trained. Each file appears whole; ``metrics.json`` comes last.
+
+    An unfinished run that was told the same is gone on with; one that was told something else is left alone, by a
+    :class:`RunError` that says what differs.
+    """
 
     def __init__(
         self, out: str | Path, kind: str, config: Any, split: Split, features: Mapping[str, FeatureSpec]
     ) -> None:
-        self.path = _claim(Path(out))
-        self._history: list[EpochRow] = []
+        self.path = Path(out)
         about = {
             "format": FORMAT,
             "kind": kind,
@@ -136,28 +152,50 @@ class RunWriter:
             "features": {name: spec.to_json() for name, spec in features.items()},
             "config": asdict(config),
         }
+        _claim(self.path, _json(about))
         trained = sorted({*split.train.ids, *split.val.ids})
-        write_atomic(self.path / "trained_on.parquet", parquet_bytes(pa.table({"id": pa.array(trained, pa.string())})))
         write_atomic(self.path / "config.json", _json(about))
+        write_atomic(self.path / "trained_on.parquet", parquet_bytes(pa.table({"id": pa.array(trained, pa.string())})))
 
-    def keep(self, state: dict[str, torch.Tensor]) -> None:
-        """Replace the run's weights."""
+    def keep(self, state: State, history: Sequence[EpochRow]) -> None:
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, fieldnames=[field.name for field in fields(EpochRow)])
+        table.writeheader()
+        table.writerows(asdict(epoch) for epoch in history)
+        write_atomic(self.path / "history.csv", text.getvalue().encode())
         write_atomic(self.path / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}))
 
-    def record(self, row: EpochRow) -> None:
-        """Add an epoch to the history."""
-        self._history.append(row)
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, fieldnames=list(asdict(row)))
-        table.writeheader()
-        table.writerows(asdict(epoch) for epoch in self._history)
-        write_atomic(self.path / "history.csv", text.getvalue().encode())
+    def save(self, snapshot: Snapshot) -> None:
+        self.keep(snapshot.best_state, snapshot.history)
+        data = {field.name: getattr(snapshot, field.name) for field in fields(Snapshot)}
+        written = io.BytesIO()
+        torch.save({**data, "history": [asdict(row) for row in snapshot.history]}, written)
+        write_atomic(self.path / _CHECKPOINT, written.getvalue())
+
+    def saved(self) -> Snapshot | None:
+        path = self.path / _CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            # Numbers and text alone: a run from a stranger is data.
+            data = torch.load(path, map_location="cpu", weights_only=True)
+            return Snapshot(**{**data, "history": [EpochRow(**row) for row in data["history"]]})
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise RunError(
+                f"{path} cannot be read ({type(error).__name__}); remove it to train from the start"
+            ) from error
+
+    def new_folder(self, name: str) -> Path:
+        """The path of a folder of the run; what a training that broke off left there is removed."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        return self.path / name
 
     def finish(self, kind: str, fitted: Fitted, test: Evaluation) -> TrainResult:
         """Write predictions, then metrics."""
         write_atomic(self.path / "predictions.parquet", parquet_bytes(test.predictions))
         about = {"kind": kind, "best": asdict(fitted.best), "test": asdict(test.metrics)}
         write_atomic(self.path / "metrics.json", _json(about))
+        (self.path / _CHECKPOINT).unlink(missing_ok=True)
         seconds = sum(row.seconds for row in fitted.history)
         return TrainResult(self.path, kind, test.metrics, fitted.best, seconds)
 
@@ -171,26 +209,34 @@ def write_evaluation(run: Run, found: Evaluation) -> None:
     write_atomic(folder / f"{name}.json", _json(asdict(found.metrics)))
 
 
-def _claim(out: Path) -> Path:
-    """Make the directory, or empty the unfinished run that is in it; refuse anything else."""
+def _claim(out: Path, about: bytes) -> None:
+    """Make the directory, unless an unfinished run of just this is in it; refuse anything else."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not out.is_dir() or not _is_unfinished(out):
+        try:
+            finished = load_run(out).finished
+        except RunError:
+            finished = True
+        if finished:
             raise RunError(f"{out} exists and is not an unfinished run; give another --out, or remove it")
-        for name in _FILES:
-            there = out / name
-            if there.is_dir():
-                shutil.rmtree(there)
-            else:
-                there.unlink(missing_ok=True)
+        there = json.loads((out / "config.json").read_bytes())
+        if differing := _differing(there, json.loads(about)):
+            raise RunError(
+                f"{out} holds an unfinished run of something else: {differing}; "
+                "train as it was begun to go on with it, give another --out, or remove it"
+            )
     out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
-def _is_unfinished(out: Path) -> bool:
-    try:
-        return not load_run(out).finished
-    except RunError:
-        return False
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between two ``config.json``, in words; empty if nothing does."""
+    old, new = ({**about, **about["config"], "config": None} for about in (there, here))
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} is {_short(old.get(name))}, {_short(new.get(name))} was asked for" for name in names)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else "other"
 
 
 def _json(value: Any) -> bytes:

@@ -28,9 +28,11 @@ from moclip.pipeline.learn.data import (
 )
 from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
-from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, pool, write_pooled
-from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult
-from moclip.pipeline.learn.views import fixed_views, random_views
+from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, Augmented, pool, write_pooled
+from moclip.pipeline.learn.recipes import configured
+from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_weights
+from moclip.pipeline.learn.training import Training
+from moclip.pipeline.learn.views import BASE, Augmentation, fixed_views, random_views
 from moclip.pipeline.weights import hash_weights
 from moclip.store import Store, open_store
 
@@ -38,52 +40,57 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TSNConfig:
+class TSNConfig(Training):
     """How to train an MV-TSN.
 
     ``weights`` initialise the backbone: None fetches ImageNet's by name, a path reads a file, ``none`` starts from
-    random numbers, and then every layer learns at the full rate. ``mirror`` shows half of the training clips
-    mirrored; turn it off where left and right tell classes apart. ``val_fraction`` of train is held out to choose
-    the epoch; with 0 the last one is taken.
+    random numbers, and then every layer learns at the full rate; else the stem and the BatchNorm of the data learn at
+    ``stem_rate`` of it, and the rest of the backbone at ``backbone_rate``. ``resize`` are the sides that frames
+    are squashed to before a random crop is taken, in pixels for an input of 224; they scale with ``input_size``.
+    ``mirror`` shows half of the training
+    clips mirrored; turn it off where left and right tell classes apart. ``views`` augmented views of each training
+    clip are pooled into the run, for fusion to train on.
     """
 
-    split: str
     feature: str = "motion-accumulated"
     backbone: str = "timm:efficientnet_b0"
     weights: str | None = None
     input_size: int = 224
+    resize: tuple[int, ...] = (224, 256, 299)
+    mirror: bool = True
     segments: int = 3
+    stem_rate: float = 0.1
+    backbone_rate: float = 0.01
+    views: int = 4
     batch: int = 24
     epochs: int = 30
     lr: float = 0.01
-    mirror: bool = True
-    val_fraction: float = 0.15
-    seed: int = 0
-    device: str = "auto"
+    lr_drops: tuple[float, ...] = (0.8,)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         library, _, model = self.backbone.partition(":")
         if library != "timm" or not model:
             raise RunError(f"no backbone {self.backbone!r}; expected timm:<model>, such as timm:efficientnet_b0")
-        for name in ("input_size", "segments", "batch", "epochs", "lr"):
+        for name in ("input_size", "segments"):
             if getattr(self, name) <= 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.val_fraction < 1:
-            raise RunError(f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
+        if not self.resize or min(self.resize) < BASE:
+            raise RunError(f"resize is {self.resize}; crops need sides of {BASE} at least")
+        if self.views < 0:
+            raise RunError(f"views is {self.views}; it must not be negative")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(self.input_size, self.resize, self.mirror)
+
+    def augmented(self, clips: int) -> Augmented | None:
+        """The views to pool of so many training clips."""
+        return Augmented(clips, self.views, self.seed, self.augmentation) if self.views else None
 
     @property
     def from_scratch(self) -> bool:
         return self.weights == "none"
-
-    @property
-    def milestones(self) -> tuple[int, ...]:
-        """The epochs after which the rate is divided by ten: the recipe's 80 and 160 (of 200).
-
-        A training too short to reach them has one, for its last fifth: at a tenth of the rate, and the multipliers
-        on top, the pretrained layers hardly move any more.
-        """
-        reached = tuple(epoch for epoch in (80, 160) if epoch < self.epochs)
-        return reached or ((round(0.8 * self.epochs),) if self.epochs > 2 else ())
 
 
 class MotionTSN(nn.Module):
@@ -136,42 +143,37 @@ def _make_two_channel(stem: nn.Conv2d) -> None:
 
 
 def train_tsn(
-    store_path: str | Path, out: str | Path, config: TSNConfig, *, on_epoch: OnEpoch | None = None
+    store_path: str | Path, out: str | Path, config: TSNConfig, *, on_epoch: OnEpoch = lambda _: None
 ) -> TrainResult:
     """Train an MV-TSN on a store's motion, pool its features into the run, and test it (25 segments, centre).
 
-    ``out`` becomes the run. Raises :class:`RunError`, :class:`FeatureError` or :class:`EncoderError`.
+    ``out`` becomes the run; an unfinished one of the same configuration is gone on with. Raises :class:`RunError`,
+    :class:`FeatureError` or :class:`EncoderError`.
     """
     device = choose_device(config.device)
     store = open_store(store_path)
     feature = store.resolve(config.feature)
     split = read_split(store, config.split, features=[feature], val_fraction=config.val_fraction)
-    with seeded(config.seed):
+    with seeded(config.seed, deterministic=config.deterministic):
         model = MotionTSN(_backbone(config), len(split.classes)).to(device)
         writer = RunWriter(out, "tsn", config, split, {feature: store.features[feature]})
         motion = Motion(store, feature, split.every.ids, device)
         batches = _Batches(motion, split, config)
-
-        def record(row: Any) -> None:
-            writer.record(row)
-            if on_epoch:
-                on_epoch(row)
-
         fitted = fit(
             model,
-            torch.optim.Adam(_parameter_groups(model, config), lr=config.lr, eps=1e-3, weight_decay=1e-4),
-            epochs=config.epochs,
-            milestones=config.milestones,
+            torch.optim.Adam(_parameter_groups(model, config), eps=1e-3),
+            config,
             train=batches.train,
             val=batches.val if len(split.val) else None,
-            keep=writer.keep,
-            on_epoch=record,
+            keeper=writer,
+            on_epoch=on_epoch,
         )
     pooled = write_pooled(
-        writer.path / FEATURES,
+        writer.new_folder(FEATURES),
         model.features,
         motion,
         size=config.input_size,
+        augmented=config.augmented(len(split.train)),
         weights_sha256=hash_weights(model.state_dict()),
     )
     logits = _classify(model, pooled[-len(split.test) :])
@@ -190,12 +192,12 @@ def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: in
     """Test a run on the test side of a split with ``segments`` segments and 1 or 10 crops each."""
     (feature,) = run.features
     run.check_features(store)
-    config = TSNConfig(**run.config)
+    config = configured(TSNConfig, "tsn", None, **run.config)
     found, names, missing = read_labelled(store, split, feature=feature)
     clips = by_name(found, names, run.classes)
     backbone = timm_backbone(config.backbone.partition(":")[2], pretrained=False)
     model = MotionTSN(backbone, len(run.classes))
-    model.load_state_dict(run.weights())
+    load_weights(model, run)
     model.eval().to(choose_device(device))
     motion = Motion(store, feature, clips.ids, choose_device(device))
     pooled = [rows.mean(1) for _, _, rows in pool(model.features, motion, config.input_size, segments, crops)]
@@ -218,7 +220,7 @@ class _Batches:
 
         def fetch(videos: Ints) -> Any:
             frames = random_indices(motion.frames[videos], config.segments, rng)
-            views = random_views(len(videos), config.input_size, rng, mirror=config.mirror)
+            views = random_views(len(videos), config.augmentation, rng)
             return videos, motion.fetch(videos, motion.before_i_frames(videos, frames)), views
 
         for videos, parts, views in ahead(shuffled(self.n_train, config.batch, rng), fetch):
@@ -253,13 +255,23 @@ def _backbone(config: TSNConfig) -> nn.Module:
 
 
 def _parameter_groups(model: MotionTSN, config: TSNConfig) -> list[dict[str, Any]]:
-    """The recipe's learning rates: classifier 1, stem and data BatchNorm 0.1, the rest 0.01 of ``lr``."""
-    near = [*stem_of(model.backbone).parameters(), *model.data_bn.parameters()]
-    taken = {id(p) for p in (*near, *model.classifier.parameters())}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    shares = (1.0, 1.0, 1.0) if config.from_scratch else (1.0, 0.1, 0.01)
-    groups = (list(model.classifier.parameters()), near, rest)
-    return [{"params": p, "lr": config.lr * share} for p, share in zip(groups, shares, strict=True)]
+    """The recipe's learning rates: the classifier at ``lr``, stem and data BatchNorm and the rest at shares of it.
+
+    Biases do not decay. The published code computes as much and then lets everything decay.
+    """
+    near = {id(p) for p in (*stem_of(model.backbone).parameters(), *model.data_bn.parameters())}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        share = config.stem_rate if id(parameter) in near else config.backbone_rate
+        if name.startswith("classifier.") or config.from_scratch:
+            share = 1.0
+        decays = config.strict_reference or not name.endswith("bias")
+        groups.setdefault((config.lr * share, config.weight_decay * decays), []).append(parameter)
+    # The classifier's comes first: its rate is the one that is reported.
+    return [
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
 def _classify(model: MotionTSN, pooled: torch.Tensor) -> torch.Tensor:

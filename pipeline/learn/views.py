@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-#: Training sizes over the 224 px input, and the size that test crops are taken from (MoCLIP-Lite, CoViAR).
-_TRAIN_SIZES = (224, 256, 299)
+#: The network's input that sizes are stated for, and the size that its test crops are taken from (CoViAR).
+BASE = 224
 _TEST_SIZE = 256
-_BASE = 224
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,28 @@ class Views:
         return Views(self.resize[at], self.left[at], self.top[at], self.mirror[at])
 
 
-def random_views(n: int, size: int, rng: np.random.Generator, *, mirror: bool = True) -> Views:
-    """Training views: a random size, a random crop of ``size`` from it, mirrored in half of the cases or never."""
-    resize = np.array([size * s // _BASE for s in _TRAIN_SIZES])[rng.integers(len(_TRAIN_SIZES), size=n)]
-    left, top = (rng.integers(0, resize - size + 1) for _ in range(2))
-    mirrored = (rng.random(n) < 0.5) & mirror
-    return Views(*(torch.from_numpy(values) for values in (resize, left, top, mirrored)))
+@dataclass(frozen=True)
+class Augmentation:
+    """How training varies what it shows: crops of ``size`` pixels from squashed frames of the sides ``resize``, which
+    are stated for crops of :data:`BASE`, and perhaps mirror images.
+    """
+
+    size: int
+    resize: tuple[int, ...] = (224, 256, 299)
+    mirror: bool = True
+
+
+def random_views(n: int, how: Augmentation, rng: np.random.Generator) -> Views:
+    """Training views: one of the sides, a random crop, mirrored in half of the cases or never."""
+    sides = np.array([how.size * side // BASE for side in how.resize])[rng.integers(len(how.resize), size=n)]
+    left, top = (rng.integers(0, sides - how.size + 1) for _ in range(2))
+    mirrored = (rng.random(n) < 0.5) & how.mirror
+    return Views(*(torch.from_numpy(values) for values in (sides, left, top, mirrored)))
 
 
 def fixed_views(n: int, size: int, crops: int = 1) -> Views:
     """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of each."""
-    resize = size * _TEST_SIZE // _BASE
+    resize = size * _TEST_SIZE // BASE
     edge = resize - size
     boxes = [(edge // 2, edge // 2)]
     if crops == 10:
