@@ -77,6 +77,7 @@ for command in (
     sharing.remove,
     learning.train,
     learning.evaluate,
+    learning.ablate,
     learning.zeroshot,
 ):
     main.add_command(command)

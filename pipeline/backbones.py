@@ -201,7 +201,32 @@ def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
     return Encoder(**{**_shallow(encoder), "dim": probe.shape[1]})
 
 
-def timm_backbone(model: str, weights: str | None = None, *, pretrained: bool = True) -> Any:
+def image_tower(name: str) -> tuple[Any, int]:
+    """The image side of the encoder ``name`` on torch's ``meta`` device, without weights, and the side of its input.
+
+    :class:`EncoderError` if the libraries here do not have it.
+    """
+    import torch
+
+    config = EncoderConfig(name)
+    if config.library == "timm":
+        import timm
+
+        with torch.device("meta"):
+            backbone = timm_backbone(config.model, pretrained=False)
+        library: Any = timm.data
+        return backbone, int(library.resolve_model_data_config(backbone)["input_size"][-1])
+    import open_clip
+
+    architecture = config.model.partition("/")[0]
+    if open_clip.get_model_config(architecture) is None:
+        raise EncoderError(f"open_clip has no model {architecture!r}")
+    with quiet_root_logger():
+        tower: Any = open_clip.create_model(architecture, device="meta").visual
+    return tower, int(tower.image_size[0])
+
+
+def timm_backbone(model: str, weights: str | None = None, *, pretrained: bool = True, in_chans: int = 3) -> Any:
     """A timm model without its classifier: images to pooled features, ``num_features`` long.
 
     Its weights are those of the file ``weights``, else timm's own by name, else (``pretrained=False``) random.
@@ -212,7 +237,7 @@ def timm_backbone(model: str, weights: str | None = None, *, pretrained: bool = 
         close = ", ".join(timm.list_models(f"*{model.split('.')[0]}*")[:5])
         raise EncoderError(f"timm has no model {model!r}" + (f"; close to it: {close}" if close else ""))
     if weights is not None or not pretrained:
-        backbone = timm.create_model(model, pretrained=False, num_classes=0)
+        backbone = timm.create_model(model, pretrained=False, num_classes=0, in_chans=in_chans)
         if weights is not None:
             load_strictly(backbone, _without_head(read_weights(weights), backbone), weights)
         return backbone

@@ -13,6 +13,7 @@ import torch
 from synthetic import embedding_spec
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.card import ModelCard
 from moclip.pipeline.learn.clips import Clips, Split
 from moclip.pipeline.learn.fit import EpochRow, Fitted, Snapshot
 from moclip.pipeline.learn.metrics import Evaluation, score
@@ -42,7 +43,7 @@ def evaluation() -> Evaluation:
 def finished(out: Path, kind: str = "tsn") -> RunWriter:
     writer = RunWriter(out, kind, Config(), SPLIT, {"embedding-x": embedding_spec()})
     writer.keep({"w": torch.arange(6.0).reshape(2, 3).T}, [ROW])
-    writer.finish(kind, Fitted((ROW,), ROW), evaluation())
+    writer.finish(kind, Fitted((ROW,), ROW), evaluation(), ModelCard(()))
     return writer
 
 
@@ -136,6 +137,12 @@ def test_metrics_are_counted_by_hand() -> None:
     assert metrics.confusion[0][:2] == (1, 1)
     assert metrics.confusion[3][0] == 1
     assert sum(map(sum, metrics.confusion)) == 7
+    assert metrics.most_confused(2) == [("a", "b", 1), ("d", "a", 1)]
+    sure = logits.softmax(1).amax(1)
+    right = torch.tensor(called) == torch.from_numpy(targets)
+    bins = torch.bucketize(sure, torch.linspace(0, 1, 16), right=True)
+    gaps = [(sure[bins == b].sum() - right[bins == b].sum()).abs() for b in bins.unique()]
+    assert metrics.calibration_error == pytest.approx(float(sum(gaps)) / 7, abs=1e-6)
     table = found.predictions
     assert table["predicted"].to_pylist() == [classes[call] for call in called]
     np.testing.assert_allclose([sum(row) for row in table["scores"].to_pylist()], 1, atol=1e-5)

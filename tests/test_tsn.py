@@ -149,6 +149,9 @@ def test_evaluation_finds_what_training_found(trained: TrainResult, store: Path)
 def test_protocols(trained: TrainResult, store: Path) -> None:
     assert evaluate_run(trained.run, store, protocol="3x10").metrics.protocol == "3x10"
     assert str(Protocol.parse("32x1")) == "32x1"
+    assert [len(fixed_views(2, 224, crops)) for crops in (1, 2, 5, 10)] == [2, 4, 10, 20]
+    two = fixed_views(1, 224, 2)
+    assert (two.left.tolist(), two.mirror.tolist()) == ([16, 16], [False, True])
     for wrong in ("25", "25x3", "0x1", "axb"):
         with pytest.raises(RunError, match="no protocol"):
             evaluate_run(trained.run, store, protocol=wrong)

@@ -134,13 +134,16 @@ def _print_result(result: "TrainResult") -> None:
     chosen = "the last" if best.val_top1 is None else f"chosen on the held-out part, {100 * best.val_top1:.1f} % there"
     click.echo(f"{result.kind}: epoch {best.epoch} ({chosen}); {result.seconds:.1f} s")
     _print_metrics(result.test)
+    for line in result.card.lines():
+        say(line)
     click.echo(f"run: {result.run}")
 
 
 def _print_metrics(metrics: "Metrics", per_class: bool = False) -> None:
     say(
         f"split {metrics.split}, {metrics.clips} test clips, {metrics.protocol}: top-1 {100 * metrics.top1:.1f} %, "
-        f"top-5 {100 * metrics.top5:.1f} %, mean over classes {100 * metrics.mean_class_accuracy:.1f} %"
+        f"top-5 {100 * metrics.top5:.1f} %, mean over classes {100 * metrics.mean_class_accuracy:.1f} %, "
+        f"calibration error {100 * metrics.calibration_error:.1f} %"
     )
     for reason, count in metrics.missing.items():
         say(f"  {count} labelled clips are not in these numbers: {reason}")
@@ -148,6 +151,48 @@ def _print_metrics(metrics: "Metrics", per_class: bool = False) -> None:
         for name, found in metrics.per_class.items():
             shown = "no clips" if found.accuracy is None else f"{100 * found.accuracy:5.1f} %"
             say(f"  {shown}  {found.n:4d}  {name}")
+        if confused := metrics.most_confused():
+            say("most confused:")
+        for name, called, n in confused:
+            say(f"  {n:4d} of {name} called {called}")
+
+
+@click.command()
+@click.argument("store", type=STORE)
+@click.option("--splits", required=True, metavar="NAME,…", help="The splits to train and test on.")
+@click.option("--seeds", default="0,1,2", show_default=True, metavar="N,…", help="The seeds, for each split.")
+@click.option("--out", default="ablation", show_default=True, type=NEW, help="Where the runs and the table go.")
+@click.option(
+    "--recipe", default="fast", show_default=True, metavar="NAME|FILE", help="fast, moclip-lite, or a .toml file."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KIND.NAME=VALUE", help="A value of the recipe, such as tsn.epochs=10."
+)
+@click.option("--feature", default="embedding", help="The embedding, where the store has several.", show_default=True)
+@click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
+def ablate(store: str, out: Path, splits: str, seeds: str, settings: tuple[str, ...], **options: Any) -> None:
+    """Train every model and its controls on the same splits and seeds; one table.
+
+    Motion alone; images alone, of one frame or all; the average of their scores; fusion, with every head. The same
+    command goes on with what was interrupted.
+
+    \b
+    Example:
+      moclip ablate ucf101.zarr --splits 1,2,3 --seeds 0,1,2 --out ablation
+    """
+    from moclip.pipeline.learn import ablate as ablation
+
+    try:
+        chosen = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        what = "expected whole numbers with commas between, such as 0,1,2"
+        raise click.BadParameter(what, param_hint="--seeds") from error
+    asked = ablation.Ablation(splits.split(","), chosen, settings=settings, **options)
+    with progress("ablate", None, "{run} · epoch {done}") as advance:
+        rows = ablation.ablate(store, out, asked, lambda run, row: advance(0 if row is None else row.epoch, run=run))
+    for line in ablation.markdown(rows):
+        say(line)
+    click.echo(f"runs and table: {out}")
 
 
 @click.command()

@@ -10,6 +10,7 @@ from moclip.pipeline.learn.fusion import evaluate_head
 from moclip.pipeline.learn.metrics import Evaluation
 from moclip.pipeline.learn.runs import Run, load_run, write_evaluation
 from moclip.pipeline.learn.tsn import evaluate_tsn
+from moclip.pipeline.learn.views import CROPS
 from moclip.store import open_store
 
 log = logging.getLogger(__name__)
@@ -17,14 +18,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Protocol:
-    """``25x10``: 25 segments, each in 10 crops (corners, centre and all their mirror images); ``32x1``: the centre."""
+    """Segments and crops: ``25x10``, ``32x1``.
+
+    1 crop is the centre, 2 are it and its mirror image, 5 the corners and the centre, 10 those and their mirror images.
+    """
 
     segments: int = 25
     crops: int = 1
 
     def __post_init__(self) -> None:
-        if self.segments < 1 or self.crops not in (1, 10):
-            raise RunError(f"no protocol {self}; expected SEGMENTSx1 or SEGMENTSx10, such as 25x10")
+        if self.segments < 1 or self.crops not in CROPS:
+            raise RunError(f"no protocol {self}; expected SEGMENTSxCROPS with 1, 2, 5 or 10 crops, such as 25x10")
 
     def __str__(self) -> str:
         return f"{self.segments}x{self.crops}"
@@ -33,7 +37,7 @@ class Protocol:
     def parse(cls, text: str) -> "Protocol":
         match = re.fullmatch(r"(\d+)x(\d+)", text)
         if match is None:
-            raise RunError(f"no protocol {text!r}; expected SEGMENTSx1 or SEGMENTSx10, such as 25x10")
+            raise RunError(f"no protocol {text!r}; expected SEGMENTSxCROPS with 1, 2, 5 or 10 crops, such as 25x10")
         return cls(int(match[1]), int(match[2]))
 
 

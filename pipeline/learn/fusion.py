@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.card import ModelCard, head_card
 from moclip.pipeline.learn.clips import Clips, Split, read_labelled, read_split
 from moclip.pipeline.learn.data import Ints, choose_device, shuffled
 from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, one_thread, seeded
@@ -24,6 +25,7 @@ from moclip.pipeline.learn.pooled import POOLED, POOLED_SEGMENTS, POOLED_VIEWS, 
 from moclip.pipeline.learn.recipes import configured
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_run, load_weights
 from moclip.pipeline.learn.training import Training
+from moclip.pipeline.learn.tsn import TSNConfig
 from moclip.store import Store, open_store
 
 #: Clips in one forward pass without gradients.
@@ -141,7 +143,16 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
         )
     logits = _predict(head, features, np.arange(n_train + n_val, len(split.every)))
     test = score(logits, split.test, split.classes, split=split.name, protocol="pooled", missing=split.missing)
-    return writer.finish(kind, fitted, test)
+    return writer.finish(kind, fitted, test, _card(config, store, image, features, len(split.classes)))
+
+
+def _card(config: FusionConfig, store: Store, image: str, features: "Features", classes: int) -> ModelCard:
+    motion = None
+    if config.motion_run is not None:
+        tsn = configured(TSNConfig, "tsn", None, **load_run(config.motion_run).config)
+        motion = (tsn.backbone.partition(":")[2], tsn.input_size, POOLED_SEGMENTS)
+    encoder = str(store.features[image].parameters.get("encoder"))
+    return head_card(config.head, features.sizes, classes, encoder=encoder, frames=features.most_frames, motion=motion)
 
 
 class Features:
@@ -181,6 +192,7 @@ class Features:
             if augmented:
                 self.views = self._pooled(motion, POOLED_VIEWS, augmented, VIEW_SEGMENTS)
                 self._views_each = len(self.views) // len(augmented)
+        self.most_frames = int(self._count.max()) if config.frames == "all" else 1
         self.sizes = (0 if self.motion is None else self.motion.shape[-1], self.images.shape[-1])
 
     def sample(self, videos: Ints, rng: np.random.Generator) -> ClipFeatures:

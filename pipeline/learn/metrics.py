@@ -6,7 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
 
 from moclip.errors import RunError
 from moclip.pipeline.learn.clips import Clips
@@ -25,7 +29,9 @@ class Metrics:
     """Accuracies are shares in [0, 1]. ``confusion[i][j]`` counts clips of class i called class j.
 
     ``mean_class_accuracy`` averages over the classes with clips, ``top5`` is top-k with k = min(5, classes).
-    ``missing`` counts labelled clips without the features, by reason; they are in none of the numbers.
+    ``calibration_error`` is the expected one (arXiv 1706.04599, 15 bins): how far, on average, a prediction's
+    probability is from the share of such predictions that are right. ``missing`` counts labelled clips without the
+    features, by reason; they are in none of the numbers.
     """
 
     split: str
@@ -34,9 +40,18 @@ class Metrics:
     top1: float
     top5: float
     mean_class_accuracy: float
+    calibration_error: float
     per_class: Mapping[str, ClassScore]
     confusion: tuple[tuple[int, ...], ...]
     missing: Mapping[str, int]
+
+    def most_confused(self, most: int = 5) -> list[tuple[str, str, int]]:
+        """Pairs of a class and the other one that its clips are called, with how many, the most first."""
+        names = list(self.per_class)
+        pairs = [
+            (names[i], names[j], n) for i, row in enumerate(self.confusion) for j, n in enumerate(row) if n and i != j
+        ]
+        return sorted(pairs, key=lambda pair: (-pair[2], pair))[:most]
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ def score(
         top1=_top_k(logits, targets, 1),
         top5=_top_k(logits, targets, min(5, count)),
         mean_class_accuracy=float(accuracy[tested > 0].mean()),
+        calibration_error=_calibration_error(logits, targets),
         per_class={
             name: ClassScore(int(n), float(share) if n else None)
             for name, n, share in zip(classes, tested, accuracy, strict=True)
@@ -102,6 +118,13 @@ def _top_k(logits: torch.Tensor, targets: torch.Tensor, k: int) -> float:
         return 1.0
     right = multiclass_accuracy(logits, targets, num_classes=logits.shape[1], top_k=k, average="micro")
     return float(right)
+
+
+def _calibration_error(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    if logits.shape[1] == 1:  # the only class is certain, and right
+        return 0.0
+    found = multiclass_calibration_error(logits.softmax(1), targets, num_classes=logits.shape[1], n_bins=15, norm="l1")
+    return float(found)
 
 
 def _confusion(logits: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:

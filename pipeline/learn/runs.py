@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.card import ModelCard
 from moclip.pipeline.learn.clips import Split
 from moclip.pipeline.learn.fit import EpochRow, Fitted, Snapshot, State
 from moclip.pipeline.learn.metrics import Evaluation, Metrics
@@ -43,13 +44,14 @@ _CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished training: its directory, its test metrics, and the epoch chosen on the held-out part."""
+    """A finished training: its directory, its test metrics, the epoch chosen on the held-out part, the model's card."""
 
     run: Path
     kind: str
     test: Metrics
     best: EpochRow
     seconds: float
+    card: ModelCard
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,15 @@ def load_weights(model: nn.Module, run: Run) -> None:
         ) from error
 
 
+def finished_as(path: Path, config: Any) -> bool:
+    """Whether a finished run of just this configuration is there. :class:`RunError` if it is one of another."""
+    if not path.exists() or not (run := load_run(path)).finished:
+        return False
+    if differing := _differing({"config": run.config}, {"config": json.loads(_json(asdict(config)))}):
+        raise RunError(f"{path} was trained otherwise: {differing}; give another --out, or remove it")
+    return True
+
+
 class RunWriter:
     """Writes a run while it is trained. Each file appears whole; ``metrics.json`` comes last.
 
@@ -190,14 +201,14 @@ class RunWriter:
         shutil.rmtree(self.path / name, ignore_errors=True)
         return self.path / name
 
-    def finish(self, kind: str, fitted: Fitted, test: Evaluation) -> TrainResult:
+    def finish(self, kind: str, fitted: Fitted, test: Evaluation, card: ModelCard) -> TrainResult:
         """Write predictions, then metrics."""
         write_atomic(self.path / "predictions.parquet", parquet_bytes(test.predictions))
-        about = {"kind": kind, "best": asdict(fitted.best), "test": asdict(test.metrics)}
+        about = {"kind": kind, "best": asdict(fitted.best), "test": asdict(test.metrics), "card": asdict(card)}
         write_atomic(self.path / "metrics.json", _json(about))
         (self.path / _CHECKPOINT).unlink(missing_ok=True)
         seconds = sum(row.seconds for row in fitted.history)
-        return TrainResult(self.path, kind, test.metrics, fitted.best, seconds)
+        return TrainResult(self.path, kind, test.metrics, fitted.best, seconds, card)
 
 
 def write_evaluation(run: Run, found: Evaluation) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from moclip.errors import EncoderError, RunError
 from moclip.pipeline.backbones import timm_backbone
+from moclip.pipeline.learn.card import tsn_card
 from moclip.pipeline.learn.clips import Split, read_labelled, read_split
 from moclip.pipeline.learn.data import (
     Ints,
@@ -185,7 +186,7 @@ def train_tsn(
         protocol=f"{POOLED_SEGMENTS}x1",
         missing=split.missing,
     )
-    return writer.finish("tsn", fitted, test)
+    return writer.finish("tsn", fitted, test, tsn_card(model, config.input_size, POOLED_SEGMENTS))
 
 
 def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: int, device: str) -> Evaluation:

@@ -13,6 +13,8 @@ import torch
 #: The network's input that sizes are stated for, and the size that its test crops are taken from (CoViAR).
 BASE = 224
 _TEST_SIZE = 256
+#: How many crops a test can see.
+CROPS = (1, 2, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,15 @@ def random_views(n: int, how: Augmentation, rng: np.random.Generator) -> Views:
 
 
 def fixed_views(n: int, size: int, crops: int = 1) -> Views:
-    """Test views of each of n clips, clip by clip: the centre, or corners, centre and the mirror image of each."""
+    """Test views of each of n clips, clip by clip: the centre or, of 5 :data:`CROPS` and more, corners and centre;
+    of an even number, the mirror image of each.
+    """
     resize = size * _TEST_SIZE // BASE
     edge = resize - size
     boxes = [(edge // 2, edge // 2)]
-    if crops == 10:
+    if crops >= 5:
         boxes += [(0, 0), (edge, 0), (0, edge), (edge, edge)]
-    views = [(x, y, mirror) for mirror in ((False, True) if crops == 10 else (False,)) for x, y in boxes]
+    views = [(x, y, mirror) for mirror in ((False, True) if crops % 2 == 0 else (False,)) for x, y in boxes]
     left, top, mirrors = (torch.tensor(column).repeat(n) for column in zip(*views, strict=True))
     return Views(torch.full((n * crops,), resize), left, top, mirrors)
 

@@ -1,0 +1,200 @@
+"""The controls that tell what each part is worth: every model with the same splits, seeds and protocol, in one table.
+
+``OUT/split-1/seed-0/motion`` and the like are runs as ``moclip train`` makes them. What is finished is not trained
+again, what broke off goes on.
+"""
+
+import csv
+import io
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from moclip.errors import RunError
+from moclip.pipeline.learn.clips import Clips
+from moclip.pipeline.learn.fit import EpochRow
+from moclip.pipeline.learn.fusion import FusionConfig, train_fusion, train_probe
+from moclip.pipeline.learn.metrics import score
+from moclip.pipeline.learn.recipes import configured
+from moclip.pipeline.learn.runs import finished_as
+from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
+from moclip.store import Store, open_store, write_atomic
+
+MOTION, AVERAGE = "motion", "score-average"
+#: Image-only controls: head and frames. Where a clip has one stored frame, only those of the middle one differ.
+_PROBES = (
+    ("linear", "random"), ("mlp", "random"), ("linear", "middle"), ("mlp", "middle"),
+    ("linear", "all"), ("mlp", "all"), ("attention", "all"),
+)  # fmt: skip
+_FUSIONS = ("mlp", "linear", "gated", "attention", "cross-attention")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: ``kind`` of training, and the values that make it this row."""
+
+    name: str
+    kind: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row's accuracies on the test clips, in [0, 1], by (split, seed)."""
+
+    cell: str
+    top1: Mapping[tuple[str, int], float]
+    mean_class_accuracy: Mapping[tuple[str, int], float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.top1.values())
+
+    @property
+    def sd(self) -> float | None:
+        """The standard deviation of a sample; None of a single run."""
+        return statistics.stdev(self.top1.values()) if len(self.top1) > 1 else None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Which trainings to make: ``recipe`` and ``settings`` (``tsn.epochs=5``) are those of ``moclip train``."""
+
+    splits: Sequence[str]
+    seeds: Sequence[int] = (0, 1, 2)
+    recipe: str = "fast"
+    settings: Sequence[str] = ()
+    feature: str = "embedding"
+    device: str = "auto"
+
+    def config(self, config: type[Any], kind: str, split: str, seed: int, **given: Any) -> Any:
+        mine = [text.partition(".")[2] for text in self.settings if text.partition(".")[0] == kind]
+        return configured(config, kind, self.recipe, mine, split=split, seed=seed, device=self.device, **given)
+
+    def __post_init__(self) -> None:
+        for text in self.settings:
+            if text.partition(".")[0] not in ("tsn", "fusion", "probe"):
+                raise RunError(f"no setting {text!r}; expected kind.name=value, such as tsn.epochs=10")
+
+
+def cells(store: Store, feature: str) -> list[Cell]:
+    """The rows of a store's table."""
+    name = store.resolve(feature)
+    several = bool((store.row_counts(name, store.ids(name)) > 1).any())
+    probes = [
+        Cell(f"image-{frames}-{head}", "probe", {"head": head, "frames": frames})
+        for head, frames in _PROBES
+        if several or frames == "middle"
+    ]
+    fusions = [Cell(f"fused-{head}", "fusion", {"head": head}) for head in _FUSIONS]
+    return [Cell(MOTION, "tsn"), *probes, Cell(AVERAGE, "average"), *fusions]
+
+
+def ablate(
+    store_path: str | Path, out: str | Path, ablation: Ablation, on_run: Callable[[str, EpochRow | None], None]
+) -> list[Row]:
+    """Train every cell for every split and seed, and write ``table.csv`` and ``table.md`` into ``out``.
+
+    ``on_run`` is told of every run when it begins, and of its epochs.
+    """
+    store, out = open_store(store_path), Path(out)
+    table = cells(store, ablation.feature)
+    found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {cell.name: {} for cell in table}
+    for split in ablation.splits:
+        for seed in ablation.seeds:
+            folder = out / f"split-{split}" / f"seed-{seed}"
+            for cell in table:
+                name = f"split {split}, seed {seed}, {cell.name}"
+                on_run(name, None)
+                run = _Run(store_path, folder, cell, ablation, split, seed, partial(on_run, name))
+                found[cell.name][split, seed] = run.result()
+    rows = [
+        Row(name, *({key: test[what] for key, test in tests.items()} for what in ("top1", "mean_class_accuracy")))
+        for name, tests in found.items()
+    ]
+    write_atomic(out / "table.csv", _csv(rows).encode())
+    write_atomic(out / "table.md", "\n".join(markdown(rows)).encode() + b"\n")
+    return rows
+
+
+@dataclass(frozen=True)
+class _Run:
+    store: str | Path
+    folder: Path
+    cell: Cell
+    ablation: Ablation
+    split: str
+    seed: int
+    on_epoch: Callable[[EpochRow], None]
+
+    def result(self) -> Mapping[str, Any]:
+        """The test metrics, of a training that is made now or was made before."""
+        if self.cell.kind == "average":
+            return self._average()
+        config, path = self._config(), self.folder / self.cell.name
+        saved = replace(config, motion_run=os.path.relpath(self.folder / MOTION, path)) if self._fuses() else config
+        if not finished_as(path, saved):
+            train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[self.cell.kind]
+            train(self.store, path, config, on_epoch=self.on_epoch)
+        test: Mapping[str, Any] = json.loads((path / "metrics.json").read_bytes())["test"]
+        return test
+
+    def _config(self) -> Any:
+        ablation, kind = self.ablation, self.cell.kind
+        if kind == "tsn":
+            return ablation.config(TSNConfig, kind, self.split, self.seed)
+        motion = {"motion_run": str(self.folder / MOTION)} if self._fuses() else {}
+        given = {**self.cell.values, **motion, "feature": ablation.feature}
+        return ablation.config(FusionConfig, kind, self.split, self.seed, **given)
+
+    def _fuses(self) -> bool:
+        return self.cell.kind == "fusion"
+
+    def _average(self) -> Mapping[str, Any]:
+        """The mean of the probabilities that the motion-only and the image-only model give."""
+        image = "image-all-mlp" if (self.folder / "image-all-mlp").exists() else "image-middle-mlp"
+        motion, probe = (pq.read_table(self.folder / name / "predictions.parquet") for name in (MOTION, image))
+        config = json.loads((self.folder / MOTION / "config.json").read_bytes())
+        return _averaged(motion, probe, config["classes"], self.split)
+
+
+def _averaged(motion: Any, image: Any, classes: Sequence[str], split: str) -> Mapping[str, Any]:
+    of_image = dict(zip(image["id"].to_pylist(), image["scores"].to_pylist(), strict=True))
+    both = [row for row in motion.to_pylist() if row["id"] in of_image]
+    position = {name: i for i, name in enumerate(classes)}
+    clips = Clips(tuple(row["id"] for row in both), np.array([position[row["label"]] for row in both], np.int64))
+    mean = (torch.tensor([row["scores"] for row in both]) + torch.tensor([of_image[row["id"]] for row in both])) / 2
+    found = score(mean.clamp(min=1e-12).log(), clips, classes, split=split, protocol="average", missing={}).metrics
+    return {"top1": found.top1, "mean_class_accuracy": found.mean_class_accuracy}
+
+
+def markdown(rows: Sequence[Row]) -> Iterator[str]:
+    """The table in words: mean ± standard deviation of top-1 in percent, and every run."""
+    keys = list(rows[0].top1)
+    yield "| model | top-1, mean ± sd | " + " | ".join(f"{split}/{seed}" for split, seed in keys) + " |"
+    yield "|---" * (len(keys) + 2) + "|"
+    for row in rows:
+        spread = "" if row.sd is None else f" ± {100 * row.sd:.1f}"
+        yield (
+            f"| {row.cell} | {100 * row.mean:.1f}{spread} | "
+            + " | ".join(f"{100 * row.top1[key]:.1f}" for key in keys)
+            + " |"
+        )
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["model", "split", "seed", "top1", "mean_class_accuracy"])
+    for row in rows:
+        table.writerows([row.cell, *key, row.top1[key], row.mean_class_accuracy[key]] for key in row.top1)
+    return text.getvalue()

@@ -1,0 +1,125 @@
+"""A model's card: parameters, and multiply-accumulates a clip, by part.
+
+They are counted by torch's flop counter on tensors without data. Fused attention is turned off for it, because the
+counter does not see into that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moclip.errors import EncoderError
+from moclip.pipeline.backbones import image_tower, timm_backbone
+from moclip.pipeline.learn.heads import ClipFeatures, make_head
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a model, which runs ``times`` for each clip, with ``macs`` multiply-accumulates each time."""
+
+    name: str
+    parameters: int
+    trainable: int
+    times: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """``unknown`` names what could not be counted: an encoder that this machine's libraries do not have."""
+
+    parts: tuple[Part, ...]
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def trainable(self) -> int:
+        return sum(part.trainable for part in self.parts)
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def gmac(self) -> float:
+        """Multiply-accumulates a clip, in thousand millions."""
+        return sum(part.times * part.macs for part in self.parts) / 1e9
+
+    def lines(self) -> list[str]:
+        """The card in words."""
+        shares = [f"{part.times} × {part.name} {part.macs / 1e9:.3g}" for part in self.parts]
+        unknown = "".join(f"; without {name}, which is not known here" for name in self.unknown)
+        return [
+            f"parameters: {self.trainable:,} trainable of {self.parameters:,}",
+            f"GMAC a clip: {self.gmac:.3g} = {' + '.join(shares)}{unknown}",
+        ]
+
+
+def tsn_card(model: nn.Module, size: int, segments: int) -> ModelCard:
+    """An MV-TSN's card, for a test of ``segments`` segments with one crop each."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    images = torch.zeros((1, 1, 2, size, size), device=next(model.parameters()).device)
+    macs = count_macs(lambda: model(images))
+    return ModelCard((Part("MV-TSN", _parameters(model), trainable, segments, macs),))
+
+
+def head_card(
+    head: str,
+    sizes: tuple[int, int],
+    classes: int,
+    *,
+    encoder: str,
+    frames: int,
+    motion: tuple[str, int, int] | None,
+) -> ModelCard:
+    """The card of a fusion, or a probe, with the frozen networks that its features came from.
+
+    ``sizes`` are those of the features, ``encoder`` made the images, of which a clip has ``frames``; ``motion`` is the
+    MV-TSN's timm model, its input size and its segments a clip.
+    """
+    parts, unknown = [], []
+    if motion:
+        name, size, segments = motion
+        with torch.device("meta"):
+            network = timm_backbone(name, pretrained=False, in_chans=2)
+        parts.append(_frozen("MV-TSN", network, segments, torch.zeros((1, 2, size, size), device="meta")))
+    try:
+        tower, size = image_tower(encoder)
+        parts.append(_frozen(encoder, tower, frames, torch.zeros((1, 3, size, size), device="meta")))
+    except EncoderError:
+        unknown.append(encoder)
+    with torch.device("meta"):
+        made = make_head(head, *sizes, classes)
+        seen = ClipFeatures(
+            torch.zeros((1, motion[2], sizes[0])) if motion else None,
+            torch.zeros((1, frames, sizes[1])),
+            torch.ones((1, frames), dtype=torch.bool),
+            torch.zeros((1, frames)),
+        )
+    trained = _parameters(made)
+    parts.append(Part(head, trained, trained, 1, count_macs(lambda: made(seen))))
+    return ModelCard(tuple(parts), tuple(unknown))
+
+
+def count_macs(call: Callable[[], Any]) -> int:
+    """Multiply-accumulates of convolutions and matrix products in ``call``."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops()) // 2
+
+
+def _frozen(name: str, model: nn.Module, times: int, image: torch.Tensor) -> Part:
+    return Part(name, _parameters(model), 0, times, count_macs(lambda: model.eval()(image)))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
