@@ -53,6 +53,12 @@ def train() -> None:
 @click.option("--backbone", metavar="NAME", help="timm:<model>.  [default: timm:efficientnet_b0]")
 @click.option("--weights", help="A file with the backbone's weights, instead of a download; none: from scratch.")
 @click.option("--input-size", type=int, metavar="PX", help="Side of the network's input.  [default: 224]")
+@click.option(
+    "--strict-reference",
+    is_flag=True,
+    default=None,
+    help="Repeat the defects of the published code (docs/training.md); choose the epoch on test.",
+)
 @click.option("--no-mirror", is_flag=True, help="For classes that left and right tell apart.")
 def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
     """Train MV-TSN, a network on motion vectors. Its pooled features stay in the run, for fusion.

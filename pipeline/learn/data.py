@@ -109,11 +109,15 @@ class Motion:
             parts.append((mine, rows.view(len(mine), frames.shape[1], *rows.shape[1:]), block.geometry))
         return parts
 
-    def prepared(self, parts: list[tuple[Ints, torch.Tensor, Geometry]], views: Views, size: int) -> torch.Tensor:
+    def prepared(
+        self, parts: list[tuple[Ints, torch.Tensor, Geometry]], views: Views, size: int, *, mirror_bytes: bool = False
+    ) -> torch.Tensor:
         """Fetched grids as network input: (n, segments, 2, size, size) float32, clip i under view i."""
         out = None
         for mine, grids, geometry in parts:
-            made = prepare(grids.to(self.device), geometry, views.take(mine), size, self.scale)
+            made = prepare(
+                grids.to(self.device), geometry, views.take(mine), size, self.scale, mirror_bytes=mirror_bytes
+            )
             if len(parts) == 1:
                 return made
             if out is None:

@@ -120,6 +120,9 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
     writer = RunWriter(out, kind, saved, split, specs)
     targets = torch.from_numpy(split.every.targets).to(features.device)
     n_train, n_val = len(split.train), len(split.val)
+    judges = np.arange(n_train, n_train + n_val)
+    if config.strict_reference:  # the epoch is chosen on test
+        judges = np.arange(n_train + n_val, len(split.every))
 
     def train(epoch: int) -> Iterator[Batch]:
         rng = np.random.default_rng([config.seed, epoch])
@@ -127,8 +130,7 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
             yield features.sample(videos, rng), targets[torch.from_numpy(videos).to(targets.device)]
 
     def val() -> Iterator[Batch]:
-        held_out = np.arange(n_train, n_train + n_val)
-        yield features.whole(held_out), targets[n_train : n_train + n_val]
+        yield features.whole(judges), targets[torch.from_numpy(judges).to(targets.device)]
 
     with seeded(config.seed, deterministic=config.deterministic), one_thread():
         head = make_head(config.head, *features.sizes, len(split.classes)).to(features.device)
@@ -137,7 +139,7 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
             torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay),
             config,
             train=train,
-            val=val if n_val else None,
+            val=val if len(judges) else None,
             keeper=writer,
             on_epoch=on_epoch,
         )

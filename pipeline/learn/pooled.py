@@ -1,7 +1,7 @@
 """Pooled motion features: what a trained MV-TSN says about each video, computed once and kept in its run."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,13 @@ class Augmented:
     how: Augmentation
 
 
-def pool(features: Features, motion: Motion, size: int, segments: int, crops: int = 1) -> Iterator[Pooled]:
+def pool(
+    features: Features, motion: Motion, size: int, segments: int, crops: int = 1, *, strict_reference: bool = False
+) -> Iterator[Pooled]:
     """The pooled features of every video of ``motion``, in order, some videos at a time.
 
     Features are averaged over crops; logits are linear in them, so averaging here averages logits.
+    With ``strict_reference`` mirror images are mirrored half of the time, and their bytes are.
     """
     together = max(1, 2 * _IMAGES // (segments * crops))
     everyone = np.arange(len(motion.ids))
@@ -51,9 +54,13 @@ def pool(features: Features, motion: Motion, size: int, segments: int, crops: in
         frames = motion.before_i_frames(videos, middle_indices(motion.frames[videos], segments))
         return videos, frames, motion.fetch(np.repeat(videos, crops), np.repeat(frames, crops, 0))
 
+    rng = np.random.default_rng(0)
     with torch.inference_mode():
         for videos, frames, parts in ahead(chunks, fetch):
-            images = motion.prepared(parts, fixed_views(len(videos), size, crops), size).flatten(0, 1)
+            views = fixed_views(len(videos), size, crops)
+            if strict_reference:
+                views = replace(views, mirror=views.mirror & torch.from_numpy(rng.random(len(views)) < 0.5))
+            images = motion.prepared(parts, views, size, mirror_bytes=strict_reference).flatten(0, 1)
             rows = torch.cat([features(some) for some in torch.split(images, _IMAGES)])
             yield videos, frames, rows.view(len(videos), crops, segments, -1).mean(1).cpu()
 

@@ -40,7 +40,9 @@ class Training:
                 raise RunError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.val_fraction < 1:
             raise RunError(f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
-        if self.patience and self.val_fraction == 0:
+        if self.strict_reference and self.val_fraction:
+            raise RunError("the published code chooses the epoch on test; strict_reference needs a val_fraction of 0")
+        if self.patience and not (self.val_fraction or self.strict_reference):
             raise RunError("patience needs a held-out part to look at; give a val_fraction, or a patience of 0")
 
     @property

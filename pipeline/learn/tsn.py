@@ -6,7 +6,7 @@ averaged.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from moclip.errors import EncoderError, RunError
 from moclip.pipeline.backbones import timm_backbone
 from moclip.pipeline.learn.card import tsn_card
-from moclip.pipeline.learn.clips import Split, read_labelled, read_split
+from moclip.pipeline.learn.clips import Clips, Split, read_labelled, read_split
 from moclip.pipeline.learn.data import (
     Ints,
     Motion,
@@ -155,6 +155,8 @@ def train_tsn(
     store = open_store(store_path)
     feature = store.resolve(config.feature)
     split = read_split(store, config.split, features=[feature], val_fraction=config.val_fraction)
+    if config.strict_reference:
+        split = _as_published(split, store, feature, config)
     with seeded(config.seed, deterministic=config.deterministic):
         model = MotionTSN(_backbone(config), len(split.classes)).to(device)
         writer = RunWriter(out, "tsn", config, split, {feature: store.features[feature]})
@@ -165,7 +167,7 @@ def train_tsn(
             torch.optim.Adam(_parameter_groups(model, config), eps=1e-3),
             config,
             train=batches.train,
-            val=batches.val if len(split.val) else None,
+            val=batches.val if len(batches.judges) else None,
             keeper=writer,
             on_epoch=on_epoch,
         )
@@ -195,16 +197,37 @@ def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: in
     run.check_features(store)
     config = configured(TSNConfig, "tsn", None, **run.config)
     found, names, missing = read_labelled(store, split, feature=feature)
+    if config.strict_reference:
+        found = _long_enough(found, store, feature, segments)
     clips = by_name(found, names, run.classes)
     backbone = timm_backbone(config.backbone.partition(":")[2], pretrained=False)
     model = MotionTSN(backbone, len(run.classes))
     load_weights(model, run)
     model.eval().to(choose_device(device))
     motion = Motion(store, feature, clips.ids, choose_device(device))
-    pooled = [rows.mean(1) for _, _, rows in pool(model.features, motion, config.input_size, segments, crops)]
+    strict = config.strict_reference
+    views = pool(model.features, motion, config.input_size, segments, crops, strict_reference=strict)
+    pooled = [rows.mean(1) for _, _, rows in views]
     logits = _classify(model, torch.cat(pooled))
     protocol = f"{segments}x{crops}"
     return score(logits, clips, run.classes, split=split, protocol=protocol, missing=missing)
+
+
+def _as_published(split: Split, store: Store, feature: str, config: TSNConfig) -> Split:
+    """Without the clips that the published code drops."""
+    return replace(
+        split,
+        train=_long_enough(split.train, store, feature, config.segments),
+        test=_long_enough(split.test, store, feature, POOLED_SEGMENTS),
+    )
+
+
+def _long_enough(clips: Clips, store: Store, feature: str, segments: int) -> Clips:
+    """Clips of as many frames as segments: others are dropped by the published code, and nothing says so."""
+    kept = clips.take(store.row_counts(feature, clips.ids) >= segments)
+    if not len(kept):
+        raise RunError(f"no test clip has the {segments} frames without which the published code drops it")
+    return kept
 
 
 class _Batches:
@@ -213,7 +236,12 @@ class _Batches:
     def __init__(self, motion: Motion, split: Split, config: TSNConfig) -> None:
         self.motion, self.config = motion, config
         self.targets = torch.from_numpy(split.every.targets).to(motion.device)
-        self.n_train, self.n_val = len(split.train), len(split.val)
+        self.n_train = len(split.train)
+        first, last = self.n_train, self.n_train + len(split.val)
+        if config.strict_reference:  # the epoch is chosen on test
+            first, last = last, len(split.every)
+        #: The clips that the epoch is chosen by.
+        self.judges = np.arange(first, last)
 
     def train(self, epoch: int) -> Iterator[Batch]:
         config, motion = self.config, self.motion
@@ -221,22 +249,24 @@ class _Batches:
 
         def fetch(videos: Ints) -> Any:
             frames = random_indices(motion.frames[videos], config.segments, rng)
-            views = random_views(len(videos), config.augmentation, rng)
-            return videos, motion.fetch(videos, motion.before_i_frames(videos, frames)), views
+            seen, frames = videos, motion.before_i_frames(videos, frames)
+            if config.strict_reference:  # every segment has a box of its own
+                seen, frames = np.repeat(videos, config.segments), frames.reshape(-1, 1)
+            return videos, motion.fetch(seen, frames), random_views(len(seen), config.augmentation, rng)
 
         for videos, parts, views in ahead(shuffled(self.n_train, config.batch, rng), fetch):
-            yield motion.prepared(parts, views, config.input_size), self._targets(videos)
+            images = motion.prepared(parts, views, config.input_size, mirror_bytes=config.strict_reference)
+            yield images.view(len(videos), config.segments, *images.shape[2:]), self._targets(videos)
 
     def val(self) -> Iterator[Batch]:
-        """The held-out clips, as many test segments as in training, centre crop."""
+        """The clips that judge, as many test segments as in training, centre crop."""
         config, motion = self.config, self.motion
 
         def fetch(videos: Ints) -> Any:
             frames = middle_indices(motion.frames[videos], config.segments)
             return videos, motion.fetch(videos, motion.before_i_frames(videos, frames))
 
-        held_out = np.arange(self.n_train, self.n_train + self.n_val)
-        chunks = np.split(held_out, range(config.batch, self.n_val, config.batch))
+        chunks = np.split(self.judges, range(config.batch, len(self.judges), config.batch))
         for videos, parts in ahead(chunks, fetch):
             views = fixed_views(len(videos), config.input_size)
             yield motion.prepared(parts, views, config.input_size), self._targets(videos)

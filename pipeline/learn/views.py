@@ -95,21 +95,29 @@ def quantise(pixels: torch.Tensor) -> torch.Tensor:
     return (torch.trunc(pixels * (127.5 / 20)) + 128).clamp_(0, 255).div_(255).sub_(0.5)
 
 
-def prepare(grids: torch.Tensor, geometry: Geometry, views: Views, size: int, scale: float = 1.0) -> torch.Tensor:
+def prepare(
+    grids: torch.Tensor, geometry: Geometry, views: Views, size: int, scale: float = 1.0, *, mirror_bytes: bool = False
+) -> torch.Tensor:
     """Grids (n, segments, 2, gh, gw), times ``scale`` in pixels, under one view a clip: (n, segments, 2,
     size, size).
 
-    Mirroring negates x *before* it is quantised: no motion stays no motion.
+    Mirroring negates x *before* it is quantised: no motion stays no motion. The published code mirrors the bytes,
+    255 - v, and makes 127 of it; ``mirror_bytes`` does so too.
     """
     device = grids.device
     mirror = views.mirror.to(device)
+    sign = torch.where(mirror, -1.0, 1.0)[:, None, None, None]
     pixels = grids.float() * scale
-    pixels[:, :, 0] *= torch.where(mirror, -1.0, 1.0)[:, None, None, None]
+    if not mirror_bytes:
+        pixels[:, :, 0] *= sign
+    picture = quantise(pixels)
+    if mirror_bytes:
+        picture[:, :, 0] *= sign
     across = resize_matrix(views.left, views.resize, size, geometry.width, geometry.cell, geometry.gw)
     down = resize_matrix(views.top, views.resize, size, geometry.height, geometry.cell, geometry.gh)
     across, down = across.to(device), down.to(device)
     across = torch.where(mirror[:, None, None], across.flip(1), across)
-    return down[:, None, None] @ quantise(pixels) @ across.mT[:, None, None]
+    return down[:, None, None] @ picture @ across.mT[:, None, None]
 
 
 def resize_matrix(
