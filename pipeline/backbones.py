@@ -218,12 +218,15 @@ def image_tower(name: str) -> tuple[Any, int]:
         return backbone, int(library.resolve_model_data_config(backbone)["input_size"][-1])
     import open_clip
 
-    architecture = config.model.partition("/")[0]
-    if open_clip.get_model_config(architecture) is None:
-        raise EncoderError(f"open_clip has no model {architecture!r}")
-    with quiet_root_logger():
-        tower: Any = open_clip.create_model(architecture, device="meta").visual
-    return tower, int(tower.image_size[0])
+    name = config.model.partition("/")[0]
+    architecture = open_clip.get_model_config(name)
+    if architecture is None:
+        raise EncoderError(f"open_clip has no model {name!r}")
+    with torch.device("meta"):
+        tower: Any = open_clip.model._build_vision_tower(
+            architecture["embed_dim"], architecture["vision_cfg"], architecture.get("quick_gelu", False)
+        )
+    return tower, int(architecture["vision_cfg"].get("image_size", 224))
 
 
 def timm_backbone(model: str, weights: str | None = None, *, pretrained: bool = True, in_chans: int = 3) -> Any:

@@ -79,6 +79,9 @@ def test_a_table_that_was_interrupted_is_gone_on_with(store: Path, tmp_path: Pat
     written = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
     assert len(written) == 2 * len(rows)
     assert (tmp_path / "out" / "table.md").read_text().splitlines() == list(markdown(rows))
+    other = write_store(tmp_path / "other.zarr", corpus(8, splits=("1", "2")))
+    with pytest.raises(RunError, match="is of another store"):
+        ablate(other, tmp_path / "out", ABLATION, on_run)
     with pytest.raises(RunError, match=r"motion was trained otherwise: epochs is 6, 7 was asked for"):
         ablate(store, tmp_path / "out", replace(ABLATION, settings=(*SETTINGS, "tsn.epochs=7")), lambda *_: None)
 

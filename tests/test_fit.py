@@ -127,7 +127,20 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_model() -> None
         yield bad if epoch == 2 else good
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RunError, match=r"nan at epoch 2, batch 2; the model of epoch 1 is kept"):
+    with pytest.raises(RunError, match=r"batch 2, the loss \(nan\) is no number; the model of epoch 1 is kept"):
         fit(model, optimizer, CONFIG, train=some, val=lambda: [good], keeper=kept)
     assert len(kept.history) == 1
+    assert all(value.isfinite().all() for value in kept.state.values())
+
+
+def test_weights_that_are_no_numbers_are_not_kept() -> None:
+    model, kept = nn.Linear(2, 2), Kept()
+    config = replace(CONFIG, lr=1.0, val_fraction=0.0)
+
+    def some(epoch: int) -> Iterator[Batch]:
+        yield torch.full((2, 2), 1e38 if epoch == 2 else 1.0), torch.tensor([0, 1])
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e20)
+    with pytest.raises(RunError, match=r"no number; (the model of epoch 1 is kept|no epoch was finished)"):
+        fit(model, optimizer, config, train=some, val=None, keeper=kept)
     assert all(value.isfinite().all() for value in kept.state.values())

@@ -54,6 +54,8 @@ def test_the_last_word_counts(tmp_path: Path) -> None:
         (["epochs=1.5"], "epochs is 1.5; expected int"),
         (["epochs=true"], "epochs is True; expected int"),
         (["resize=224"], "resize is 224; expected a list"),
+        (["lr_drops=[80]"], "shares of the epochs"),
+        (["lr=nan"], "lr is nan; it must be positive"),
         (["resize=[100]"], r"resize is \(100,\); crops need sides of 224"),
     ],
 )

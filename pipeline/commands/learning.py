@@ -1,4 +1,4 @@
-"""Commands that train from a store, and test: train, evaluate, zeroshot."""
+"""Commands that train from a store, and test: train, evaluate, ablate, zeroshot."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,6 +5,7 @@ again, what broke off goes on.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from moclip.errors import RunError
-from moclip.pipeline.learn.clips import Clips
+from moclip.pipeline.learn.clips import Clips, split_table
 from moclip.pipeline.learn.fit import EpochRow
 from moclip.pipeline.learn.fusion import FusionConfig, train_fusion, train_probe
 from moclip.pipeline.learn.metrics import score
@@ -107,6 +108,7 @@ def ablate(
     ``on_run`` is told of every run when it begins, and of its epochs.
     """
     store, out = open_store(store_path), Path(out)
+    _claim(out, store, ablation)
     table = cells(store, ablation.feature)
     found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {cell.name: {} for cell in table}
     for split in ablation.splits:
@@ -124,6 +126,26 @@ def ablate(
     write_atomic(out / "table.csv", _csv(rows).encode())
     write_atomic(out / "table.md", "\n".join(markdown(rows)).encode() + b"\n")
     return rows
+
+
+def _claim(out: Path, store: Store, ablation: Ablation) -> None:
+    """Refuse a folder whose runs saw other clips, labels or features: a table compares what is alike."""
+    features = sorted(store.features)
+    seen = json.dumps(
+        {
+            "features": {name: [store.features[name].digest, store.ids(name)] for name in features},
+            "splits": {name: split_table(store, name).to_pylist() for name in ablation.splits},
+        }
+    )
+    about = json.dumps({"store": hashlib.sha256(seen.encode()).hexdigest()}).encode()
+    path = out / "ablation.json"
+    if path.exists() and path.read_bytes() != about:
+        raise RunError(
+            f"{out} is of another store, of other splits, or of this store before it changed; "
+            "give another --out, or remove it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, about)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,12 @@ class Split:
     digest: str
 
     @property
+    def clips_digest(self) -> str:
+        """Of the clips that take part: those that have the features, each in its part."""
+        ids = [part.ids for part in (self.train, self.val, self.test)]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+    @property
     def every(self) -> Clips:
         parts = (self.train, self.val, self.test)
         return Clips(

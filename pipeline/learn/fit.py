@@ -44,7 +44,7 @@ class Snapshot:
     """All that a training needs to go on after an epoch as if nothing had happened.
 
     Batches are functions of seed and epoch; ``random`` is the state of torch's own generators (dropout), that of the
-    CPU and those of its GPUs.
+    CPU and, if it trains on one, that of the GPU.
     """
 
     model: State
@@ -99,9 +99,17 @@ def fit(
     if snapshot := keeper.saved():
         model.load_state_dict(snapshot.model)
         optimizer.load_state_dict(snapshot.optimizer)
-        _set_random_state(snapshot.random)
+        _set_random_state(snapshot.random, device)
         history, best_state = list(snapshot.history), snapshot.best_state
         best = history[snapshot.best]
+
+    def no_number(what: str) -> RunError:
+        """Keep what was good before."""
+        if best:
+            keeper.keep(best_state, history)
+        good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
+        return RunError(f"{what} no number; {good}; lower the lr ({lr:g})")
+
     rates = [group["initial_lr"] for group in _with_initial_rates(optimizer)]
     saved_at = time.monotonic()
 
@@ -123,26 +131,23 @@ def fit(
                 loss = cross_entropy(logits.float(), targets, reduction="sum") / clips
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
-                    if best:
-                        keeper.keep(best_state, history)
-                    raise RunError(
-                        f"the loss is {value} at epoch {epoch}, batch {number}; {good}; lower the lr ({lr:g})"
-                    )
+                    raise no_number(f"at epoch {epoch}, batch {number}, the loss ({value}) is")
                 loss.backward()  # type: ignore[no-untyped-call]
                 total, seen = total + value * clips, seen + len(targets)
             optimizer.step()
 
         val_loss, val_top1 = validate(model, val()) if val else (None, None)
+        if not _is_finite(model.state_dict()) or (val_loss is not None and not math.isfinite(val_loss)):
+            raise no_number(f"after epoch {epoch} the weights, or the loss on what is held out, are")
         row = EpochRow(epoch, total / seen, val_loss, val_top1, time.perf_counter() - started, lr)
         history.append(row)
         if best is None or _beats(row, best):
             best = row
             best_state = _copied(model.state_dict())
         if epoch == config.epochs or time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
-            state = _copied(model.state_dict())
-            now = Snapshot(state, optimizer.state_dict(), _random_state(), history, history.index(best), best_state)
-            keeper.save(now)
+            state, chosen = _copied(model.state_dict()), history.index(best)
+            random = _random_state(device)
+            keeper.save(Snapshot(state, optimizer.state_dict(), random, history, chosen, best_state))
             saved_at = time.monotonic()
         on_epoch(row)
     assert best is not None
@@ -150,6 +155,10 @@ def fit(
     model.load_state_dict(best_state)
     model.eval()
     return Fitted(tuple(history), best)
+
+
+def _is_finite(state: State) -> bool:
+    return all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -170,14 +179,15 @@ def _copied(state: State) -> State:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
-def _random_state() -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
 
 
-def _set_random_state(states: list[torch.Tensor]) -> None:
+def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states[1:])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def validate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:

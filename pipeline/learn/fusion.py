@@ -130,7 +130,8 @@ def _train(kind: str, store: Store, out: str | Path, config: FusionConfig, on_ep
             yield features.sample(videos, rng), targets[torch.from_numpy(videos).to(targets.device)]
 
     def val() -> Iterator[Batch]:
-        yield features.whole(judges), targets[torch.from_numpy(judges).to(targets.device)]
+        for some in _together(judges):
+            yield features.whole(some), targets[torch.from_numpy(some).to(targets.device)]
 
     with seeded(config.seed, deterministic=config.deterministic), one_thread():
         head = make_head(config.head, *features.sizes, len(split.classes)).to(features.device)
@@ -288,6 +289,9 @@ def _split_with_pooled(split: Split, motion: Store) -> Split:
 def _predict(head: nn.Module, features: Features, videos: Ints) -> torch.Tensor:
     head.eval()
     with torch.inference_mode():
-        return torch.cat(
-            [head(features.whole(some)) for some in np.split(videos, range(_TOGETHER, len(videos), _TOGETHER))]
-        )
+        return torch.cat([head(features.whole(some)) for some in _together(videos)])
+
+
+def _together(videos: Ints) -> list[Ints]:
+    """Videos in parts that go through a head at once."""
+    return np.split(videos, range(_TOGETHER, len(videos), _TOGETHER))

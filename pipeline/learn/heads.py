@@ -40,15 +40,11 @@ class ClipFeatures:
         return [*([] if self.motion is None else [self.motion.mean(1)]), self.mean_image()]
 
 
-class Concatenation(nn.Module):
-    """Mean motion and mean image side by side, then ``layers``."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
+class Concatenation(nn.Sequential):
+    """Mean motion and mean image side by side, then the layers."""
 
     def forward(self, clips: ClipFeatures) -> torch.Tensor:
-        scores: torch.Tensor = self.layers(torch.cat(clips.means(), 1))
+        scores: torch.Tensor = super().forward(torch.cat(clips.means(), 1))  # type: ignore[no-untyped-call]
         return scores
 
 

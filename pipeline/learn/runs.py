@@ -136,9 +136,9 @@ def load_weights(model: nn.Module, run: Run) -> None:
 
 def finished_as(path: Path, config: Any) -> bool:
     """Whether a finished run of just this configuration is there. :class:`RunError` if it is one of another."""
-    if not path.exists() or not (run := load_run(path)).finished:
+    if not (path / "metrics.json").exists():
         return False
-    if differing := _differing({"config": run.config}, {"config": json.loads(_json(asdict(config)))}):
+    if differing := _differing({"config": load_run(path).config}, {"config": json.loads(_json(asdict(config)))}):
         raise RunError(f"{path} was trained otherwise: {differing}; give another --out, or remove it")
     return True
 
@@ -160,6 +160,7 @@ class RunWriter:
             "classes": split.classes,
             "split": split.name,
             "split_digest": split.digest,
+            "clips_digest": split.clips_digest,
             "features": {name: spec.to_json() for name, spec in features.items()},
             "config": asdict(config),
         }
@@ -222,6 +223,9 @@ def write_evaluation(run: Run, found: Evaluation) -> None:
 
 def _claim(out: Path, about: bytes) -> None:
     """Make the directory, unless an unfinished run of just this is in it; refuse anything else."""
+    if out.is_dir():
+        for torn in out.glob(".*.tmp"):
+            torn.unlink()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         try:
             finished = load_run(out).finished

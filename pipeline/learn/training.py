@@ -1,5 +1,6 @@
 """What every training is told, whatever it trains."""
 
+import math
 from dataclasses import dataclass
 
 from moclip.errors import RunError
@@ -33,8 +34,10 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("batch", "epochs", "lr", "accumulate"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not all(0 < share < 1 for share in self.lr_drops):
+            raise RunError(f"lr_drops is {self.lr_drops}; they are shares of the epochs, such as (0.4, 0.8)")
         for name in ("weight_decay", "patience", "seed"):
             if getattr(self, name) < 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -73,8 +73,8 @@ class TSNConfig(Training):
         library, _, model = self.backbone.partition(":")
         if library != "timm" or not model:
             raise RunError(f"no backbone {self.backbone!r}; expected timm:<model>, such as timm:efficientnet_b0")
-        for name in ("input_size", "segments"):
-            if getattr(self, name) <= 0:
+        for name in ("input_size", "segments", "stem_rate", "backbone_rate"):
+            if not getattr(self, name) > 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be positive")
         if not self.resize or min(self.resize) < BASE:
             raise RunError(f"resize is {self.resize}; crops need sides of {BASE} at least")
