@@ -91,7 +91,7 @@ class Store:
             return close[0]
         there = ", ".join(close or self.features) or "none yet"
         problem = "is ambiguous" if close else "is not there"
-        advice = "name one" if close else f"`moclip extract SOURCE STORE --feature {name}` adds it"
+        advice = "name one" if close else f"`moclip extract SOURCE {self.url} --feature {name}` adds it"
         raise FeatureError(f"the feature {name!r} {problem} in {self.url}, which has: {there}; {advice}")
 
     def ids(self, feature: str) -> list[str]:

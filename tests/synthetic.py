@@ -106,7 +106,7 @@ def write_store(
     rows: Mapping[str, npt.NDArray[np.float16]] | None = None,
 ) -> Path:
     """A store with motion-accumulated and an embedding of every clip; a failing clip has a failed motion
-    entry.
+    entry, one without images a failed embedding.
 
     ``rows`` gives embeddings by id instead of invented ones.
     """
@@ -129,8 +129,12 @@ def write_store(
             writer.ok(facts)
         vectors = embedding_rows(clip, rng) if rows is None else rows[clip.id]
         index = np.arange(len(vectors))
-        writers["embedding-invented"].append(vectors, frame_index=index, pts_seconds=index / 25)
-        writers["embedding-invented"].ok(facts)
+        writer = writers["embedding-invented"]
+        if len(vectors):
+            writer.append(vectors, frame_index=index, pts_seconds=index / 25)
+            writer.ok(facts)
+        else:
+            writer.fail(facts, "truncated", "no frame")
     for writer in writers.values():
         writer.finish()
     publish(path)

@@ -96,3 +96,6 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, [*command[:5], "x", *command[6:]]).exit_code == 2
     with pytest.raises(RunError, match=r"expected kind\.name=value"):
         replace(ABLATION, settings=("epochs=3",))
+    for own in ("fusion.head=gated", "probe.frames=all", "tsn.seed=3", "probe.feature=x"):
+        with pytest.raises(RunError, match="is what the table varies"):
+            replace(ABLATION, settings=(own,))

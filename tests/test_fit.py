@@ -78,6 +78,15 @@ def test_killed_after_every_epoch_it_ends_as_if_it_never_was(monkeypatch: pytest
     assert all(torch.equal(killed.state[name], value) for name, value in undisturbed.state.items())
 
 
+def test_steps_are_told() -> None:
+    model, told = nn.Linear(5, 2), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = replace(CONFIG, epochs=2, accumulate=3, val_fraction=0.0)
+    fit(model, optimizer, config, train=batches, val=None, keeper=Kept(), on_step=lambda *step: told.append(step))
+    assert [(epoch, clips) for epoch, clips, _ in told] == [(1, 24), (1, 32), (2, 24), (2, 32)]
+    assert all(loss > 0 for *_, loss in told)
+
+
 def test_quick_epochs_are_not_saved_one_by_one_and_trained_again_instead() -> None:
     undisturbed, killed = Kept(), Kept()
     train(undisturbed)

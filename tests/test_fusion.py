@@ -14,7 +14,7 @@ from synthetic import CLASSES, Clip, corpus, embedding_spec, write_store
 
 from moclip.errors import RunError
 from moclip.pipeline.learn.evaluate import evaluate_run
-from moclip.pipeline.learn.fusion import FRAMES, Features, FusionConfig, train_fusion, train_probe
+from moclip.pipeline.learn.fusion import FRAMES, Features, FusionConfig, Sources, train_fusion, train_probe
 from moclip.pipeline.learn.heads import HEADS
 from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
 from moclip.store import open_store
@@ -154,12 +154,37 @@ def test_weights_of_another_head_are_refused(store: Path, tmp_path: Path) -> Non
             replace(HEAD, **wrong)  # type: ignore[arg-type]
 
 
+def test_the_published_fusion_lets_a_frozen_network_drift(store: Path, tmp_path: Path) -> None:
+    """Batch statistics move, weights do not; clips without an embedding or motion take part, as zeros."""
+    strict = replace(TSN, epochs=1, strict_reference=True, val_fraction=0.0)
+    motion = train_tsn(store, tmp_path / "tsn", strict).run
+    before = files_of(motion)
+    config = replace(HEAD, epochs=2, motion_run=str(motion), strict_reference=True, val_fraction=0.0)
+    result = train_fusion(store, tmp_path / "run", config)
+    assert files_of(motion) == before
+    assert result.test.clips == 25
+    assert result.test.missing == {}
+    was, now = load_file(motion / "model.safetensors"), load_file(result.run / "model.safetensors")
+    moved = {name for name in was if not torch.equal(was[name], now[f"motion.{name}"])}
+    statistics = {name for name in was if "running_" in name or "num_batches" in name}
+    assert moved == statistics != set()
+    assert evaluate_run(result.run, store).metrics == result.test
+
+    missing = store.parent / "missing.zarr"
+    write_store(missing, [*corpus(18), Clip("gone", "RedUp", "gone", {"1": "test"}, images=0)])
+    probe = replace(config, motion_run=None)
+    assert train_probe(missing, tmp_path / "probe", probe).test.clips == 25
+    plain = train_probe(missing, tmp_path / "plain", replace(probe, strict_reference=False))
+    assert (plain.test.clips, sum(plain.test.missing.values())) == (24, 1)
+
+
 class TestFeatures:
     ids = ("RedUp/v03", "BlueDown/v04", "RedUp/v00")
 
     def features(self, store: Path, motion_run: Path | None, **config: Any) -> Features:
         motion = None if motion_run is None else open_store(motion_run / "features.zarr")
-        return Features(open_store(store), "embedding-invented", motion, self.ids, replace(HEAD, **config), CPU)
+        sources = Sources("embedding-invented", motion)
+        return Features(open_store(store), sources, self.ids, replace(HEAD, **config), CPU)
 
     def test_evaluation_sees_every_row_or_their_mean(self, store: Path, motion_run: Path) -> None:
         opened, pooled = open_store(store), open_store(motion_run / "features.zarr")

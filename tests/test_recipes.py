@@ -50,9 +50,9 @@ def test_the_last_word_counts(tmp_path: Path) -> None:
     [
         (["hidden=3"], "tsn has no setting 'hidden'; it has: split, batch"),
         (["lr"], "no setting 'lr'; expected name=value"),
-        (["lr=fast"], "lr is 'fast'; expected float"),
-        (["epochs=1.5"], "epochs is 1.5; expected int"),
-        (["epochs=true"], "epochs is True; expected int"),
+        (["lr=fast"], "lr is 'fast'; expected a number"),
+        (["epochs=1.5"], "epochs is 1.5; expected a whole number"),
+        (["epochs=true"], "epochs is True; expected a whole number"),
         (["resize=224"], "resize is 224; expected a list"),
         (["lr_drops=[80]"], "shares of the epochs"),
         (["lr=nan"], "lr is nan; it must be positive"),

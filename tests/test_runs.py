@@ -4,6 +4,8 @@ metrics.
 
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +45,7 @@ def evaluation() -> Evaluation:
 def finished(out: Path, kind: str = "tsn") -> RunWriter:
     writer = RunWriter(out, kind, Config(), SPLIT, {"embedding-x": embedding_spec()})
     writer.keep({"w": torch.arange(6.0).reshape(2, 3).T}, [ROW])
-    writer.finish(kind, Fitted((ROW,), ROW), evaluation(), ModelCard(()))
+    writer.finish(Fitted((ROW,), ROW), evaluation(), ModelCard(()))
     return writer
 
 
@@ -94,6 +96,29 @@ def test_an_unfinished_run_is_gone_on_with_if_it_is_the_same(tmp_path: Path) -> 
     (tmp_path / "run" / "checkpoint.pt").write_bytes(pickle.dumps(print, protocol=2))
     with pytest.raises(RunError, match=r"checkpoint\.pt cannot be read \(UnpicklingError\); remove it"):
         again.saved()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", "tsn", Config(), SPLIT, {})
+    RunWriter(tmp_path / "run", "tsn", Config(), SPLIT, {})  # this process may begin again
+    code = f"import fcntl; fcntl.lockf(open({str(tmp_path / 'run' / '.lock')!r}, 'wb'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in theirs.stderr
+    writer.write_test(evaluation())
+    assert not (tmp_path / "run" / ".lock").exists()
+
+    holder = f"{code.split(';')[0]}; file = open({str(tmp_path / 'other' / '.lock')!r}, 'wb'); "
+    holder += "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); input()"
+    (tmp_path / "other").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(RunError, match="another process is training"):
+            RunWriter(tmp_path / "other", "tsn", Config(), SPLIT, {})
+        process.communicate("\n")
+    RunWriter(tmp_path / "other", "tsn", Config(), SPLIT, {})
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

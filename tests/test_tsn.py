@@ -14,6 +14,7 @@ from synthetic import CLASSES, Clip, corpus, label, write_store
 
 from moclip.errors import EncoderError, RunError
 from moclip.pipeline.backbones import timm_backbone
+from moclip.pipeline.learn import fit as fitting
 from moclip.pipeline.learn.evaluate import Protocol, evaluate_run
 from moclip.pipeline.learn.fit import EpochRow, seeded
 from moclip.pipeline.learn.runs import TrainResult
@@ -201,6 +202,32 @@ def test_the_same_seed_gives_the_same_run(store: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Killed(Exception):
+    pass
+
+
+def test_a_network_that_was_killed_ends_as_if_it_never_was(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what a run writes: BatchNorm, Adam and dropout come back from its checkpoint."""
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
+    config = replace(FAST, epochs=3)
+    whole = train_tsn(store, tmp_path / "whole", config)
+
+    def killed(row: EpochRow) -> None:
+        if row.epoch == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_tsn(store, tmp_path / "killed", config, on_epoch=killed)
+    rows: list[EpochRow] = []
+    again = train_tsn(store, tmp_path / "killed", config, on_epoch=rows.append)
+    assert [row.epoch for row in rows] == [3]
+    a, b = (load_file(result.run / "model.safetensors") for result in (whole, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert again.test == whole.test
+
+
 def test_selection_never_reads_the_test_side(tmp_path: Path) -> None:
     """Wrong labels on every test clip change nothing but the test's figures."""
     clips = corpus(6)
@@ -266,22 +293,35 @@ def test_the_references_defects(tmp_path: Path) -> None:
         Clip("short", "RedUp", "short", {"1": "test"}, frames=24),
         Clip("one", "RedUp", "o", {"1": "train"}, frames=1),
     ]
-    path = write_store(tmp_path / "s.zarr", [*clips, *short])
+    broken = [Clip(f"broken/{part}", "RedUp", part, {"1": part}, fails=True) for part in ("train", "test")]
+    path = write_store(tmp_path / "s.zarr", [*clips, *short, *broken])
     strict = replace(FAST, epochs=2, strict_reference=True, val_fraction=0.0)
     rows: list[EpochRow] = []
     result = train_tsn(path, tmp_path / "run", strict, on_epoch=rows.append)
-    assert result.test.clips == 8
-    assert "one" not in pq.read_table(tmp_path / "run" / "trained_on.parquet")["id"].to_pylist()
+    # Short clips are dropped; broken ones are not, their pictures are zeros.
+    assert result.test.clips == 9
+    assert result.test.missing == {"fewer frames than segments": 1}
+    trained_on = pq.read_table(tmp_path / "run" / "trained_on.parquet")["id"].to_pylist()
+    assert "one" not in trained_on
+    assert "broken/train" in trained_on
+    assert evaluate_run(result.run, path).metrics == result.test
     # Chosen on the test clips: three of the segments of a test make the accuracy that the history has.
     found = evaluate_run(result.run, path, protocol="3x1").predictions.to_pylist()
     judged = [row for row in found if row["id"] != "short"]
     assert result.best.val_top1 == pytest.approx(np.mean([row["label"] == row["predicted"] for row in judged]))
     honest = train_tsn(path, tmp_path / "honest", replace(strict, strict_reference=False))
     assert honest.test.clips == 9
+    assert honest.test.missing == {"no_vectors": 1}
     with pytest.raises(RunError, match="strict_reference needs a val_fraction of 0"):
         replace(strict, val_fraction=0.2)
-    with pytest.raises(RunError, match="no test clip has the 99 frames"):
+    assert evaluate_run(result.run, path, protocol="99x1").metrics.clips == 1
+    label(path, [replace(clip, splits={"1": "test"}) if clip.id.startswith("broken") else clip for clip in clips])
+    with pytest.raises(RunError, match="no test clip of split '1' has motion-accumulated that can be tested"):
         evaluate_run(result.run, path, protocol="99x1")
+    label(path, [replace(clip, label="One" if clip.id == "one" else clip.label) for clip in [*clips, *short]],
+          classes=[*CLASSES, "One"])  # fmt: skip
+    with pytest.raises(RunError, match="drops clips of fewer frames than segments, and leaves no training clip of One"):
+        train_tsn(path, tmp_path / "none", strict)
 
 
 def test_mirrored_bytes_make_motion_of_none() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moclip.pipeline.commands.console import EXISTING, NEW, STORE, progress, say, together
+from moclip.pipeline.commands.console import EXISTING, NEW, STORE, count, progress, say, together
 
 if TYPE_CHECKING:
     from moclip.pipeline.learn.metrics import Metrics
@@ -31,8 +31,21 @@ _TRAINING = together(
     click.option("--seed", type=int, help="Fixes every random choice.  [default: 0]"),
     click.option("--device", help="cpu, cuda or auto.  [default: auto]"),
     click.option(
+        "--strict-reference",
+        is_flag=True,
+        default=None,
+        help="Repeat the defects of the published code (docs/training.md); choose the epoch on test.",
+    ),
+    click.option(
         "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other value of the recipe; again for more."
     ),
+)
+
+
+_HEAD = click.option(
+    "--head",
+    metavar="NAME",
+    help="mlp, linear or attention; with motion also gated, cross-attention (docs/training.md).  [default: mlp]",
 )
 
 
@@ -53,12 +66,6 @@ def train() -> None:
 @click.option("--backbone", metavar="NAME", help="timm:<model>.  [default: timm:efficientnet_b0]")
 @click.option("--weights", help="A file with the backbone's weights, instead of a download; none: from scratch.")
 @click.option("--input-size", type=int, metavar="PX", help="Side of the network's input.  [default: 224]")
-@click.option(
-    "--strict-reference",
-    is_flag=True,
-    default=None,
-    help="Repeat the defects of the published code (docs/training.md); choose the epoch on test.",
-)
 @click.option("--no-mirror", is_flag=True, help="For classes that left and right tell apart.")
 def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
     """Train MV-TSN, a network on motion vectors. Its pooled features stay in the run, for fusion.
@@ -71,8 +78,8 @@ def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
     from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
 
     config = configured(TSNConfig, "tsn", **_given({**options, "mirror": False if no_mirror else None}))
-    with _training_bar(config.epochs) as on_epoch:
-        result = train_tsn(store, out, config, on_epoch=on_epoch)
+    with _training_bar(config.epochs) as told:
+        result = train_tsn(store, out, config, **told)
     _print_result(result)
 
 
@@ -80,8 +87,10 @@ def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
 @click.argument("store", type=STORE)
 @_TRAINING
 @click.option("--motion-run", required=True, type=EXISTING, help="The run of `moclip train tsn`, of the same split.")
+@_HEAD
+@click.option("--zeroshot-run", type=EXISTING, help="A run of `moclip zeroshot`, to add its scores to the head's.")
 @click.option("--feature", help="The embedding, where the store has several.")
-def fusion(store: str, out: Path, motion_run: Path, **options: Any) -> None:
+def fusion(store: str, out: Path, motion_run: Path, zeroshot_run: Path | None, **options: Any) -> None:
     """Train the late fusion of a frozen MV-TSN and the image embedding. Runs no CNN.
 
     \b
@@ -91,15 +100,18 @@ def fusion(store: str, out: Path, motion_run: Path, **options: Any) -> None:
     from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
     from moclip.pipeline.learn.recipes import configured
 
+    if zeroshot_run is not None:
+        options["zeroshot_run"] = str(zeroshot_run)
     config = configured(FusionConfig, "fusion", **_given(options), motion_run=str(motion_run))
-    with _training_bar(config.epochs) as on_epoch:
-        result = train_fusion(store, out, config, on_epoch=on_epoch)
+    with _training_bar(config.epochs) as told:
+        result = train_fusion(store, out, config, **told)
     _print_result(result)
 
 
 @train.command()
 @click.argument("store", type=STORE)
 @_TRAINING
+@_HEAD
 @click.option("--feature", help="The embedding, where the store has several.")
 def probe(store: str, out: Path, **options: Any) -> None:
     """Train the control: the fusion's classifier on the image embedding alone.
@@ -112,8 +124,8 @@ def probe(store: str, out: Path, **options: Any) -> None:
     from moclip.pipeline.learn.recipes import configured
 
     config = configured(FusionConfig, "probe", **_given(options))
-    with _training_bar(config.epochs) as on_epoch:
-        result = train_probe(store, out, config, on_epoch=on_epoch)
+    with _training_bar(config.epochs) as told:
+        result = train_probe(store, out, config, **told)
     _print_result(result)
 
 
@@ -123,16 +135,21 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _training_bar(epochs: int) -> Iterator[Any]:
-    with progress("train", epochs, "epoch {done}/{total} · {row}") as advance:
+def _training_bar(epochs: int) -> Iterator[dict[str, Any]]:
+    """What a training tells: where it is after each step, and how the last epoch did on what is held out."""
+    held_out = ""
+    with progress("train", epochs, "epoch {epoch}/{total} · {said}") as advance:
+
+        def on_step(epoch: int, clips: int, loss: float) -> None:
+            advance(epoch - 1, epoch=epoch, said=f"{count(clips, 'clip')} · loss {loss:.3f}{held_out}")
 
         def on_epoch(row: Any) -> None:
-            said = f"loss {row.train_loss:.3f}"
+            nonlocal held_out
             if row.val_top1 is not None:
-                said += f" · held out {100 * row.val_top1:.1f} %"
-            advance(row.epoch, row=said)
+                held_out = f" · held out {100 * row.val_top1:.1f} %"
+            advance(row.epoch, epoch=row.epoch, said=f"loss {row.train_loss:.3f}{held_out}")
 
-        yield on_epoch
+        yield {"on_epoch": on_epoch, "on_step": on_step}
 
 
 def _print_result(result: "TrainResult") -> None:
@@ -151,8 +168,8 @@ def _print_metrics(metrics: "Metrics", per_class: bool = False) -> None:
         f"top-5 {100 * metrics.top5:.1f} %, mean over classes {100 * metrics.mean_class_accuracy:.1f} %, "
         f"calibration error {100 * metrics.calibration_error:.1f} %"
     )
-    for reason, count in metrics.missing.items():
-        say(f"  {count} labelled clips are not in these numbers: {reason}")
+    for reason, lost in metrics.missing.items():
+        say(f"  {count(lost, 'labelled clip')} not in these numbers: {reason}")
     if per_class:
         for name, found in metrics.per_class.items():
             shown = "no clips" if found.accuracy is None else f"{100 * found.accuracy:5.1f} %"
@@ -226,15 +243,20 @@ def evaluate(run: Path, store: str, **options: Any) -> None:
 @click.option("--split", metavar="NAME", help="Only this split's test part.  [default: all labelled videos]")
 @click.option("--feature", default="embedding", help="The embedding, where the store has several.", show_default=True)
 @click.option("--weights", type=EXISTING, help="A file with the encoder's weights, instead of a download.")
+@click.option("--phrases", type=EXISTING, help='A TOML file of other words for classes: TaiChi = ["tai chi", "taiji"].')
+@click.option("--out", type=NEW, help="Make a run of it, with the text embeddings, for fusion and `moclip evaluate`.")
 @click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
-def zeroshot(store: str, weights: Path | None, **options: Any) -> None:
+def zeroshot(store: str, weights: Path | None, phrases: Path | None, out: Path | None, **options: Any) -> None:
     """Classify CLIP embeddings by the classes' names.
 
     \b
     Example:
-      moclip zeroshot ucf101.zarr --split 1
+      moclip zeroshot ucf101.zarr --split 1 --out runs/zeroshot
     """
-    from moclip.pipeline.learn.zeroshot import zeroshot as classify
+    from moclip.pipeline.learn import zeroshot as names
 
-    found = classify(store, weights=None if weights is None else str(weights), **options)
-    _print_metrics(found.metrics, per_class=True)
+    words = {} if phrases is None else names.read_phrases(phrases)
+    config = names.ZeroShotConfig(weights=None if weights is None else str(weights), phrases=words, **options)
+    _print_metrics(names.zeroshot(store, config, out=out).metrics, per_class=True)
+    if out is not None:
+        click.echo(f"run: {out}")

@@ -8,10 +8,9 @@ import csv
 import hashlib
 import io
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from moclip.errors import RunError
 from moclip.pipeline.learn.clips import Clips, split_table
 from moclip.pipeline.learn.fit import EpochRow
-from moclip.pipeline.learn.fusion import FusionConfig, train_fusion, train_probe
+from moclip.pipeline.learn.fusion import FusionConfig, relative, train_fusion, train_probe
 from moclip.pipeline.learn.metrics import score
 from moclip.pipeline.learn.recipes import configured
 from moclip.pipeline.learn.runs import finished_as
@@ -37,6 +36,10 @@ _PROBES = (
     ("linear", "all"), ("mlp", "all"), ("attention", "all"),
 )  # fmt: skip
 _FUSIONS = ("mlp", "linear", "gated", "attention", "cross-attention")
+
+
+#: What a setting cannot say: the rows, or the command's own options, say it.
+_OWN = ("split", "seed", "device", "head", "frames", "motion_run", "zeroshot_run")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Row:
     cell: str
     top1: Mapping[tuple[str, int], float]
     mean_class_accuracy: Mapping[tuple[str, int], float]
+    clips: Mapping[tuple[str, int], int]
 
     @property
     def mean(self) -> float:
@@ -83,8 +87,11 @@ class Ablation:
 
     def __post_init__(self) -> None:
         for text in self.settings:
-            if text.partition(".")[0] not in ("tsn", "fusion", "probe"):
+            kind, _, setting = text.partition(".")
+            if kind not in ("tsn", "fusion", "probe"):
                 raise RunError(f"no setting {text!r}; expected kind.name=value, such as tsn.epochs=10")
+            if (name := setting.partition("=")[0].strip()) in _OWN or (name == "feature" and kind != "tsn"):
+                raise RunError(f"{kind}.{name} is what the table varies, or has an option of its own; leave it out")
 
 
 def cells(store: Store, feature: str) -> list[Cell]:
@@ -120,7 +127,10 @@ def ablate(
                 run = _Run(store_path, folder, cell, ablation, split, seed, partial(on_run, name))
                 found[cell.name][split, seed] = run.result()
     rows = [
-        Row(name, *({key: test[what] for key, test in tests.items()} for what in ("top1", "mean_class_accuracy")))
+        Row(
+            name,
+            *({key: test[what] for key, test in tests.items()} for what in ("top1", "mean_class_accuracy", "clips")),
+        )
         for name, tests in found.items()
     ]
     write_atomic(out / "table.csv", _csv(rows).encode())
@@ -163,7 +173,7 @@ class _Run:
         if self.cell.kind == "average":
             return self._average()
         config, path = self._config(), self.folder / self.cell.name
-        saved = replace(config, motion_run=os.path.relpath(self.folder / MOTION, path)) if self._fuses() else config
+        saved = relative(config, path) if self._fuses() else config
         if not finished_as(path, saved):
             train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[self.cell.kind]
             train(self.store, path, config, on_epoch=self.on_epoch)
@@ -196,11 +206,14 @@ def _averaged(motion: Any, image: Any, classes: Sequence[str], split: str) -> Ma
     clips = Clips(tuple(row["id"] for row in both), np.array([position[row["label"]] for row in both], np.int64))
     mean = (torch.tensor([row["scores"] for row in both]) + torch.tensor([of_image[row["id"]] for row in both])) / 2
     found = score(mean.clamp(min=1e-12).log(), clips, classes, split=split, protocol="average", missing={}).metrics
-    return {"top1": found.top1, "mean_class_accuracy": found.mean_class_accuracy}
+    return asdict(found)
 
 
 def markdown(rows: Sequence[Row]) -> Iterator[str]:
-    """The table in words: mean ± standard deviation of top-1 in percent, and every run."""
+    """The table in words: mean ± standard deviation of top-1 in percent, and every run.
+
+    A clip without one of the features is in some rows and not in others; then the table says so.
+    """
     keys = list(rows[0].top1)
     yield "| model | top-1, mean ± sd | " + " | ".join(f"{split}/{seed}" for split, seed in keys) + " |"
     yield "|---" * (len(keys) + 2) + "|"
@@ -211,12 +224,17 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
             + " | ".join(f"{100 * row.top1[key]:.1f}" for key in keys)
             + " |"
         )
+    if any(row.clips != rows[0].clips for row in rows):
+        yield ""
+        yield "Not every clip has every feature: rows differ in how many test clips they are of (table.csv)."
 
 
 def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO(newline="")
     table = csv.writer(text)
-    table.writerow(["model", "split", "seed", "top1", "mean_class_accuracy"])
+    table.writerow(["model", "split", "seed", "clips", "top1", "mean_class_accuracy"])
     for row in rows:
-        table.writerows([row.cell, *key, row.top1[key], row.mean_class_accuracy[key]] for key in row.top1)
+        table.writerows(
+            [row.cell, *key, row.clips[key], row.top1[key], row.mean_class_accuracy[key]] for key in row.top1
+        )
     return text.getvalue()

@@ -82,8 +82,8 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     """The clips of ``split_<name>`` that have rows of all ``features``.
 
     The part to select on is ``val``, where the table names one, else ``val_fraction`` of train in whole
-    groups (a clip without a group is one of its own); 0 holds nothing out. :class:`RunError` if the split,
-    its train or test side, or a class's training clips are not there.
+    groups (a clip without a group is one of its own); 0 holds nothing out. No ``features`` need none. :class:`RunError`
+    if the split, its train or test side, or a class's training clips are not there.
     """
     table = split_table(store, name)
     labels, classes = _classes(store, table)
@@ -102,13 +102,18 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     sides = {part: clips.take(parts == part).only(there) for part in ("train", "val", "test")}
     for part in ("train", "test"):
         if not len(sides[part]):
-            raise RunError(f"split {name!r} has no {part} clip with rows of {' and '.join(features)}")
+            rows = f" with rows of {' and '.join(features)}" if features else ""
+            raise RunError(f"split {name!r} has no {part} clip{rows}")
     _check_trained(classes, sides["train"], name)
     return Split(name, tuple(classes), sides["train"], sides["val"], sides["test"], missing, digest)
 
 
-def read_labelled(store: Store, split: str | None, *, feature: str) -> tuple[Clips, tuple[str, ...], dict[str, int]]:
-    """The test clips of a split, or every labelled clip, with rows of ``feature``; the classes; who is missing."""
+def read_labelled(
+    store: Store, split: str | None, *, feature: str | None
+) -> tuple[Clips, tuple[str, ...], dict[str, int]]:
+    """The test clips of a split, or every labelled clip, with rows of ``feature`` (None needs none); the classes; how
+    many are missing.
+    """
     table = store.labels if split is None else split_table(store, split)
     if split is not None:
         table = table.filter(pc.equal(table["part"], "test"))
@@ -120,6 +125,8 @@ def read_labelled(store: Store, split: str | None, *, feature: str) -> tuple[Cli
         position = {name: i for i, name in enumerate(classes)}
         targets = np.array([position[label] for label in table["label"].to_pylist()], np.int64)
     ids = table["id"].to_pylist()
+    if feature is None:
+        return Clips(tuple(ids), targets), tuple(classes), {}
     there = set(store.ids(feature))
     missing = _count_missing(store, [feature], [video for video in ids if video not in there])
     _warn_of_missing(missing, [feature])

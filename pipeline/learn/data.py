@@ -21,6 +21,8 @@ Ints = npt.NDArray[np.int64]
 Item = TypeVar("Item")
 
 _I_FRAME = 1
+#: Pixels of displacement that quantise to a picture's lowest byte.
+_FULL = 21
 #: The share of the memory that is free which a resident feature may take.
 _RESIDENT_SHARE = 0.5
 _READ_VIDEOS = 128
@@ -59,10 +61,14 @@ class _Block:
 class Motion:
     """The rows of a motion feature for some videos, ready to be sampled.
 
-    Rows lie on ``device`` when they fit into half of its free memory; otherwise each batch is gathered.
+    Rows lie on ``device`` when they fit into half of its free memory; otherwise each batch is gathered. With
+    ``missing_as_zeros`` a video without rows has one frame, whose picture is all zeros: full motion to the left and up,
+    as the published code has it. Without, such a video is an error.
     """
 
-    def __init__(self, store: Store, feature: str, ids: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, store: Store, feature: str, ids: Sequence[str], device: torch.device, *, missing_as_zeros: bool = False
+    ) -> None:
         self.store, self.feature, self.device = store, store.resolve(feature), device
         self.ids = np.asarray(ids, object)
         spec = store.features[self.feature]
@@ -70,14 +76,24 @@ class Motion:
             raise RunError(f"{self.feature} is not a motion feature; motion-accumulated or motion is needed")
         #: Pixels a stored unit: `motion` is in quarter pixels.
         self.scale = 0.25 if spec.kind == "motion" else 1.0
-        self.frames = store.row_counts(self.feature, ids)
+        self._there = np.ones(len(self.ids), bool)
+        if missing_as_zeros:
+            self._there = np.isin(self.ids, store.ids(self.feature))
+        there = self.ids[self._there].tolist()
+        self.frames = np.ones(len(self.ids), np.int64)
+        self.frames[self._there] = store.row_counts(self.feature, there)
         self._start = np.cumsum(self.frames) - self.frames
-        self._is_i = np.concatenate([types == _I_FRAME for types in store.read_all(self.feature, ids, "picture_type")])
-        self._block_of, geometries = self._geometries()
+        self._is_i = np.zeros(self.frames.sum(), bool)
+        types = [np.zeros(0, np.uint8), *store.read_all(self.feature, there, "picture_type")]
+        self._is_i[np.repeat(self._there, self.frames)] = np.concatenate(types) == _I_FRAME
+        self._block_of, geometries = self._geometries(there)
         needed = sum(int(self.frames[self._block_of == b].sum()) * g.row_bytes for b, g in enumerate(geometries))
         self.resident = needed < _RESIDENT_SHARE * free_bytes(device)
         self._offset = np.zeros(len(self.ids), np.int64)
         self._blocks = [self._block(b, geometry) for b, geometry in enumerate(geometries)]
+        if not self._there.all():
+            zeros = torch.full((1, 2, 1, 1), round(-_FULL / self.scale), dtype=torch.int16, device=device)
+            self._blocks.append(_Block(Geometry(1, 1, 1, 1, 1), zeros))
         log.info("%s: %.2f GB, %s", self.feature, needed / 1e9, device if self.resident else "read as needed")
 
     def before_i_frames(self, videos: Ints, frames: Ints) -> Ints:
@@ -87,9 +103,13 @@ class Motion:
 
     def seconds(self, videos: Ints, frames: Ints) -> npt.NDArray[np.float64]:
         """When the frames (n, segments) are shown, in seconds."""
-        names = np.repeat(self.ids[videos], frames.shape[1])
-        shown = self.store.gather(self.feature, names, frames.ravel(), "pts_seconds")
-        return shown.reshape(frames.shape)
+        shown = np.zeros(frames.shape)
+        there = self._there[videos]
+        names = np.repeat(self.ids[videos[there]], frames.shape[1])
+        shown[there] = self.store.gather(self.feature, names, frames[there].ravel(), "pts_seconds").reshape(
+            -1, frames.shape[1]
+        )
+        return shown
 
     def fetch(self, videos: Ints, frames: Ints) -> list[tuple[Ints, torch.Tensor, Geometry]]:
         """Rows of ``frames`` (n, segments) of ``videos`` (positions, n), a list with one item a geometry.
@@ -126,12 +146,15 @@ class Motion:
         assert out is not None
         return out
 
-    def _geometries(self) -> tuple[Ints, list[Geometry]]:
-        """Each video's geometry as a position in a list: its grid's shape and its frame's size in pixels."""
+    def _geometries(self, there: list[str]) -> tuple[Ints, list[Geometry]]:
+        """Each video's geometry as a position in a list: its grid's shape and its frame's size in pixels.
+
+        Those that are not ``there`` have the position after the last.
+        """
         parameters = self.store.features[self.feature].parameters
         cell, size = int(parameters["cell"]), parameters.get("size")
-        grids = np.zeros((len(self.ids), 2), np.int64)
-        first = self.store.gather_groups(self.feature, self.ids, np.zeros(len(self.ids), np.int64))
+        grids = np.zeros((len(there), 2), np.int64)
+        first = self.store.gather_groups(self.feature, there, np.zeros(len(there), np.int64))
         for positions, rows in first:
             grids[positions] = rows.shape[2:]
         if size is not None:
@@ -139,11 +162,14 @@ class Motion:
         else:
             facts = self.store.videos.select(["id", "width", "height"]).to_pydict()
             known = dict(zip(facts["id"], zip(facts["width"], facts["height"], strict=True), strict=True))
-            pixels = np.array([[known[video][0] or 0, known[video][1] or 0] for video in self.ids], np.int64)
+            sizes = [known[video] for video in there]
+            pixels = np.array([[width or 0, height or 0] for width, height in sizes], np.int64).reshape(-1, 2)
         pixels = np.where(pixels > 0, pixels, grids[:, ::-1] * cell)
         unique, block_of = np.unique(np.concatenate([grids, pixels], 1), axis=0, return_inverse=True)
         geometries = [Geometry(int(w), int(h), cell, int(gw), int(gh)) for gh, gw, w, h in unique]
-        return block_of.reshape(-1), geometries
+        every = np.full(len(self.ids), len(geometries))
+        every[self._there] = block_of.reshape(-1)
+        return every, geometries
 
     def _block(self, b: int, geometry: Geometry) -> _Block:
         mine = np.flatnonzero(self._block_of == b)

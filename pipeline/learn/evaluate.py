@@ -11,6 +11,7 @@ from moclip.pipeline.learn.metrics import Evaluation
 from moclip.pipeline.learn.runs import Run, load_run, write_evaluation
 from moclip.pipeline.learn.tsn import evaluate_tsn
 from moclip.pipeline.learn.views import CROPS
+from moclip.pipeline.learn.zeroshot import evaluate_zeroshot
 from moclip.store import open_store
 
 log = logging.getLogger(__name__)
@@ -57,14 +58,17 @@ def evaluate_run(
     if not loaded.finished:
         raise RunError(f"{loaded.path} is unfinished: it has no metrics.json; train it again")
     store = open_store(store_path)
-    split = split or loaded.split
-    if loaded.kind == "tsn":
+    if protocol is not None and loaded.kind != "tsn":
+        raise RunError(f"{loaded.path} is a {loaded.kind}: it reads finished features and has no protocol {protocol}")
+    if loaded.kind == "zeroshot":
+        found = evaluate_zeroshot(loaded, store, split or loaded.config.get("split"))
+    elif loaded.kind == "tsn":
         views = Protocol.parse(protocol) if protocol else Protocol()
-        found = evaluate_tsn(loaded, store, split, segments=views.segments, crops=views.crops, device=device)
-    elif protocol is not None:
-        raise RunError(f"{loaded.path} is a {loaded.kind}: it reads pooled features and has no protocol {protocol}")
+        found = evaluate_tsn(
+            loaded, store, split or loaded.split, segments=views.segments, crops=views.crops, device=device
+        )
     else:
-        found = evaluate_head(loaded, store, split, device=device)
+        found = evaluate_head(loaded, store, split or loaded.split, device=device)
     _warn_of_overlap(loaded, found)
     write_evaluation(loaded, found)
     return found

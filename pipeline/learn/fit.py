@@ -37,6 +37,8 @@ class EpochRow:
 
 
 OnEpoch = Callable[[EpochRow], None]
+#: Told after each step: the epoch, its clips so far, and their mean loss.
+OnStep = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def fit(
     val: Callable[[], Iterable[Batch]] | None,
     keeper: Keeper,
     on_epoch: OnEpoch = lambda _: None,
+    on_step: OnStep = lambda *_: None,
 ) -> Fitted:
     """Train by cross-entropy, and end with the epoch that does best on ``val``, or with the last one without it.
 
@@ -135,6 +138,7 @@ def fit(
                 loss.backward()  # type: ignore[no-untyped-call]
                 total, seen = total + value * clips, seen + len(targets)
             optimizer.step()
+            on_step(epoch, seen, total / seen)
 
         val_loss, val_top1 = validate(model, val()) if val else (None, None)
         if not _is_finite(model.state_dict()) or (val_loss is not None and not math.isfinite(val_loss)):

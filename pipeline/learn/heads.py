@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 
 from moclip.errors import RunError
 
@@ -119,6 +120,23 @@ class CrossAttention(nn.Module):
         of_images = ((images + seen_by_images) * there).sum(1) / there.sum(1)
         scores: torch.Tensor = self.classifier(torch.cat([(motion + seen_by_motion).mean(1), of_images], 1))
         return scores
+
+
+class WithZeroShot(nn.Module):
+    """A head whose scores are added to those of CLIP's zero-shot classification: 100 times the cosine of the mean image
+    and each class's ``text`` (classes, E), unit vectors.
+    """
+
+    text: torch.Tensor
+
+    def __init__(self, head: nn.Module, text: torch.Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("text", text)
+
+    def forward(self, clips: ClipFeatures) -> torch.Tensor:
+        scores: torch.Tensor = self.head(clips)
+        return scores + 100 * normalize(clips.mean_image(), dim=-1) @ self.text.T
 
 
 HEADS: dict[str, Any] = {

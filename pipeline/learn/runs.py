@@ -12,8 +12,10 @@ RUN/evaluations/           what later evaluations found
 """
 
 import csv
+import fcntl
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -37,9 +39,10 @@ from moclip.pipeline.learn.metrics import Evaluation, Metrics
 from moclip.store import FeatureSpec, Store, parquet_bytes, write_atomic
 
 FORMAT = 1
-KINDS = ("tsn", "fusion", "probe")
+KINDS = ("tsn", "fusion", "probe", "zeroshot")
 FEATURES = "features.zarr"
 _CHECKPOINT = "checkpoint.pt"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,9 @@ def load_run(path: str | Path, *, kind: str | None = None) -> Run:
     """Read a run's configuration. :class:`RunError` if it is no run, too new, or not of ``kind``."""
     path = Path(path)
     if not path.is_dir():
-        raise RunError(f"no run at {path}; `moclip train tsn|fusion|probe STORE --out RUN` makes one")
+        raise RunError(
+            f"no run at {path}; `moclip train tsn|fusion|probe STORE --out RUN` (or `moclip zeroshot`) makes one"
+        )
     try:
         data = json.loads((path / "config.json").read_bytes())
         if data["format"] > FORMAT:
@@ -153,7 +158,7 @@ class RunWriter:
     def __init__(
         self, out: str | Path, kind: str, config: Any, split: Split, features: Mapping[str, FeatureSpec]
     ) -> None:
-        self.path = Path(out)
+        self.path, self.kind = Path(out), kind
         about = {
             "format": FORMAT,
             "kind": kind,
@@ -164,7 +169,8 @@ class RunWriter:
             "features": {name: spec.to_json() for name, spec in features.items()},
             "config": asdict(config),
         }
-        _claim(self.path, _json(about))
+        _check_free(self.path, _json(about))
+        self._lock = _lock(self.path)
         trained = sorted({*split.train.ids, *split.val.ids})
         write_atomic(self.path / "config.json", _json(about))
         write_atomic(self.path / "trained_on.parquet", parquet_bytes(pa.table({"id": pa.array(trained, pa.string())})))
@@ -175,6 +181,9 @@ class RunWriter:
         table.writeheader()
         table.writerows(asdict(epoch) for epoch in history)
         write_atomic(self.path / "history.csv", text.getvalue().encode())
+        self.write_weights(state)
+
+    def write_weights(self, state: State) -> None:
         write_atomic(self.path / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}))
 
     def save(self, snapshot: Snapshot) -> None:
@@ -202,14 +211,18 @@ class RunWriter:
         shutil.rmtree(self.path / name, ignore_errors=True)
         return self.path / name
 
-    def finish(self, kind: str, fitted: Fitted, test: Evaluation, card: ModelCard) -> TrainResult:
-        """Write predictions, then metrics."""
+    def write_test(self, test: Evaluation, **about: Any) -> None:
+        """Write predictions, then metrics: the run is finished."""
         write_atomic(self.path / "predictions.parquet", parquet_bytes(test.predictions))
-        about = {"kind": kind, "best": asdict(fitted.best), "test": asdict(test.metrics), "card": asdict(card)}
-        write_atomic(self.path / "metrics.json", _json(about))
+        write_atomic(self.path / "metrics.json", _json({"kind": self.kind, **about, "test": asdict(test.metrics)}))
         (self.path / _CHECKPOINT).unlink(missing_ok=True)
+        (self.path / _LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def finish(self, fitted: Fitted, test: Evaluation, card: ModelCard) -> TrainResult:
+        self.write_test(test, best=asdict(fitted.best), card=asdict(card))
         seconds = sum(row.seconds for row in fitted.history)
-        return TrainResult(self.path, kind, test.metrics, fitted.best, seconds, card)
+        return TrainResult(self.path, self.kind, test.metrics, fitted.best, seconds, card)
 
 
 def write_evaluation(run: Run, found: Evaluation) -> None:
@@ -221,12 +234,9 @@ def write_evaluation(run: Run, found: Evaluation) -> None:
     write_atomic(folder / f"{name}.json", _json(asdict(found.metrics)))
 
 
-def _claim(out: Path, about: bytes) -> None:
-    """Make the directory, unless an unfinished run of just this is in it; refuse anything else."""
-    if out.is_dir():
-        for torn in out.glob(".*.tmp"):
-            torn.unlink()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _check_free(out: Path, about: bytes) -> None:
+    """Refuse a directory that holds anything but an unfinished run of just this."""
+    if out.exists() and (not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir())):
         try:
             finished = load_run(out).finished
         except RunError:
@@ -239,7 +249,22 @@ def _claim(out: Path, about: bytes) -> None:
                 f"{out} holds an unfinished run of something else: {differing}; "
                 "train as it was begun to go on with it, give another --out, or remove it"
             )
+
+
+def _lock(out: Path) -> int:
+    """Make the directory this process's own until the file is closed, or the process ends; :class:`RunError` while
+    another process trains there.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    file = os.open(out / _LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise RunError(f"another process is training {out}; wait for it, or give another --out") from error
+    for torn in out.glob(".*.tmp"):
+        torn.unlink()
+    return file
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

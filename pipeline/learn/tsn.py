@@ -6,7 +6,7 @@ averaged.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from moclip.errors import EncoderError, RunError
 from moclip.pipeline.backbones import timm_backbone
 from moclip.pipeline.learn.card import tsn_card
-from moclip.pipeline.learn.clips import Clips, Split, read_labelled, read_split
+from moclip.pipeline.learn.clips import Split, read_labelled, read_split
 from moclip.pipeline.learn.data import (
     Ints,
     Motion,
@@ -27,9 +27,10 @@ from moclip.pipeline.learn.data import (
     random_indices,
     shuffled,
 )
-from moclip.pipeline.learn.fit import Batch, OnEpoch, fit, seeded
+from moclip.pipeline.learn.fit import Batch, OnEpoch, OnStep, fit, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, Augmented, pool, write_pooled
+from moclip.pipeline.learn.published import SHORT, long_enough, without_short
 from moclip.pipeline.learn.recipes import configured
 from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_weights
 from moclip.pipeline.learn.training import Training
@@ -144,7 +145,12 @@ def _make_two_channel(stem: nn.Conv2d) -> None:
 
 
 def train_tsn(
-    store_path: str | Path, out: str | Path, config: TSNConfig, *, on_epoch: OnEpoch = lambda _: None
+    store_path: str | Path,
+    out: str | Path,
+    config: TSNConfig,
+    *,
+    on_epoch: OnEpoch = lambda _: None,
+    on_step: OnStep = lambda *_: None,
 ) -> TrainResult:
     """Train an MV-TSN on a store's motion, pool its features into the run, and test it (25 segments, centre).
 
@@ -154,13 +160,14 @@ def train_tsn(
     device = choose_device(config.device)
     store = open_store(store_path)
     feature = store.resolve(config.feature)
-    split = read_split(store, config.split, features=[feature], val_fraction=config.val_fraction)
-    if config.strict_reference:
-        split = _as_published(split, store, feature, config)
+    strict = config.strict_reference
+    split = read_split(store, config.split, features=[] if strict else [feature], val_fraction=config.val_fraction)
+    if strict:
+        split = without_short(split, store, feature, config.segments, POOLED_SEGMENTS)
     with seeded(config.seed, deterministic=config.deterministic):
         model = MotionTSN(_backbone(config), len(split.classes)).to(device)
         writer = RunWriter(out, "tsn", config, split, {feature: store.features[feature]})
-        motion = Motion(store, feature, split.every.ids, device)
+        motion = Motion(store, feature, split.every.ids, device, missing_as_zeros=strict)
         batches = _Batches(motion, split, config)
         fitted = fit(
             model,
@@ -170,16 +177,17 @@ def train_tsn(
             val=batches.val if len(batches.judges) else None,
             keeper=writer,
             on_epoch=on_epoch,
+            on_step=on_step,
         )
-    pooled = write_pooled(
-        writer.new_folder(FEATURES),
-        model.features,
-        motion,
-        size=config.input_size,
-        augmented=config.augmented(len(split.train)),
-        weights_sha256=hash_weights(model.state_dict()),
-    )
-    logits = _classify(model, pooled[-len(split.test) :])
+        pooled = write_pooled(
+            writer.new_folder(FEATURES),
+            model.features,
+            motion,
+            size=config.input_size,
+            augmented=config.augmented(len(split.train)),
+            weights_sha256=hash_weights(model.state_dict()),
+        )
+        logits = _classify(model, pooled[-len(split.test) :])
     test = score(
         logits,
         split.test,
@@ -188,7 +196,7 @@ def train_tsn(
         protocol=f"{POOLED_SEGMENTS}x1",
         missing=split.missing,
     )
-    return writer.finish("tsn", fitted, test, tsn_card(model, config.input_size, POOLED_SEGMENTS))
+    return writer.finish(fitted, test, tsn_card(model, config.input_size, POOLED_SEGMENTS))
 
 
 def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: int, device: str) -> Evaluation:
@@ -196,38 +204,21 @@ def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: in
     (feature,) = run.features
     run.check_features(store)
     config = configured(TSNConfig, "tsn", None, **run.config)
-    found, names, missing = read_labelled(store, split, feature=feature)
-    if config.strict_reference:
-        found = _long_enough(found, store, feature, segments)
-    clips = by_name(found, names, run.classes)
-    backbone = timm_backbone(config.backbone.partition(":")[2], pretrained=False)
-    model = MotionTSN(backbone, len(run.classes))
-    load_weights(model, run)
-    model.eval().to(choose_device(device))
-    motion = Motion(store, feature, clips.ids, choose_device(device))
     strict = config.strict_reference
+    found, names, missing = read_labelled(store, split, feature=None if strict else feature)
+    if strict:
+        found, short = long_enough(found, store, feature, segments)
+        missing |= {SHORT: short} if short else {}
+    if not len(found):
+        raise RunError(f"no test clip of split {split!r} has {feature} that can be tested: {missing}")
+    clips = by_name(found, names, run.classes)
+    model = load_motion(run).eval().to(choose_device(device))
+    motion = Motion(store, feature, clips.ids, choose_device(device), missing_as_zeros=strict)
     views = pool(model.features, motion, config.input_size, segments, crops, strict_reference=strict)
     pooled = [rows.mean(1) for _, _, rows in views]
     logits = _classify(model, torch.cat(pooled))
     protocol = f"{segments}x{crops}"
     return score(logits, clips, run.classes, split=split, protocol=protocol, missing=missing)
-
-
-def _as_published(split: Split, store: Store, feature: str, config: TSNConfig) -> Split:
-    """Without the clips that the published code drops."""
-    return replace(
-        split,
-        train=_long_enough(split.train, store, feature, config.segments),
-        test=_long_enough(split.test, store, feature, POOLED_SEGMENTS),
-    )
-
-
-def _long_enough(clips: Clips, store: Store, feature: str, segments: int) -> Clips:
-    """Clips of as many frames as segments: others are dropped by the published code, and nothing says so."""
-    kept = clips.take(store.row_counts(feature, clips.ids) >= segments)
-    if not len(kept):
-        raise RunError(f"no test clip has the {segments} frames without which the published code drops it")
-    return kept
 
 
 class _Batches:
@@ -273,6 +264,18 @@ class _Batches:
 
     def _targets(self, videos: Ints) -> torch.Tensor:
         return self.targets[torch.from_numpy(videos).to(self.targets.device)]
+
+
+def load_motion(run: Run) -> MotionTSN:
+    """The network of a run of kind tsn, with its weights, on the CPU."""
+    model = empty_motion(configured(TSNConfig, "tsn", None, **run.config), len(run.classes))
+    load_weights(model, run)
+    return model
+
+
+def empty_motion(config: TSNConfig, classes: int) -> MotionTSN:
+    """A network for weights to be put into."""
+    return MotionTSN(timm_backbone(config.backbone.partition(":")[2], pretrained=False), classes)
 
 
 def _backbone(config: TSNConfig) -> nn.Module:

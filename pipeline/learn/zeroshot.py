@@ -5,7 +5,9 @@ the cosine.
 """
 
 import re
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,15 @@ import torch
 
 from moclip.errors import RunError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
-from moclip.pipeline.learn.clips import read_labelled
+from moclip.pipeline.learn.clips import Clips, Split, read_labelled
 from moclip.pipeline.learn.data import choose_device
-from moclip.pipeline.learn.metrics import Evaluation, score
+from moclip.pipeline.learn.metrics import Evaluation, by_name, score
+from moclip.pipeline.learn.runs import Run, RunWriter
 from moclip.store import Store, open_store
+
+#: The name of what is tested where no split was asked for.
+EVERY = "all"
+_TEXT = "text"
 
 TEMPLATES = (
     "a frame from a clip that shows {}.",
@@ -41,35 +48,113 @@ def phrase(label: str) -> str:
     return " ".join(words.replace("_", " ").replace("-", " ").lower().split())
 
 
-def class_embeddings(encoder: Encoder, classes: Sequence[str]) -> npt.NDArray[np.float32]:
-    """One unit vector a class, (classes, dim): the mean over the templates, then normalised."""
-    texts = [template.format(phrase(name)) for name in classes for template in TEMPLATES]
-    rows = encoder.encode_text(texts).reshape(len(classes), len(TEMPLATES), -1).mean(1)
-    return _normalised(rows)
+def read_phrases(path: str | Path) -> dict[str, list[str]]:
+    """A user's words for classes, from a TOML file of ``label = "words"`` or ``label = ["words", "other words"]``.
+
+    :class:`RunError` if it holds anything else.
+    """
+    try:
+        said = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RunError(f"the phrases {path} cannot be read: {error}") from error
+    phrases = {label: [words] if isinstance(words, str) else words for label, words in said.items()}
+    for label, words in phrases.items():
+        if not isinstance(words, list) or not words or not all(isinstance(some, str) for some in words):
+            raise RunError(f'{path} has {words!r} for {label}; expected "words", or ["words", "other words"]')
+    return phrases
 
 
-def zeroshot(
-    store_path: str | Path,
-    *,
-    split: str | None = None,
-    feature: str = "embedding",
-    weights: str | None = None,
-    device: str = "auto",
-) -> Evaluation:
-    """Classify a store's embeddings by the names of its classes: the test side of ``split``, or every
-    labelled clip.
+def class_embeddings(
+    encoder: Encoder, classes: Sequence[str], phrases: Mapping[str, Sequence[str]] | None = None
+) -> npt.NDArray[np.float32]:
+    """One unit vector a class, (classes, dim): the mean over templates and phrases, then normalised."""
+    of_class = [(phrases or {}).get(name, [phrase(name)]) for name in classes]
+    texts = [[template.format(words) for words in some for template in TEMPLATES] for some in of_class]
+    rows = encoder.encode_text([text for some in texts for text in some])
+    cuts = np.cumsum([len(some) for some in texts])[:-1]
+    return _normalised(np.stack([part.mean(0) for part in np.split(rows, cuts)]))
 
-    The encoder is the one that made the embedding; ``weights`` is a file with its weights.
-    :class:`RunError` if it has no text side, or the weights are not those that the embedding was made with.
+
+@dataclass(frozen=True)
+class ZeroShotConfig:
+    """What to classify: the test side of ``split``, or every labelled clip without one.
+
+    The encoder is the one that made ``feature``; ``weights`` is a file with its weights. ``phrases`` are words for
+    classes; the others' are made from their labels.
+    """
+
+    split: str | None = None
+    feature: str = "embedding"
+    weights: str | None = None
+    phrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    device: str = "auto"
+
+
+def zeroshot(store_path: str | Path, config: ZeroShotConfig, *, out: str | Path | None = None) -> Evaluation:
+    """Classify a store's embeddings by the names of its classes. ``out`` becomes a run that holds the text embeddings.
+
+    :class:`RunError` if the encoder has no text side, or the weights are not those that the embedding was made with.
     """
     store = open_store(store_path)
-    name = store.resolve(feature)
-    encoder = _encoder_of(store, name, weights, str(choose_device(device)))
-    clips, classes, missing = read_labelled(store, split, feature=name)
-    rows = store.read_all(name, clips.ids)
-    images = _normalised(np.stack([some.astype(np.float32).mean(0) for some in rows]))
-    logits = torch.from_numpy(100.0 * images @ class_embeddings(encoder, classes).T)
-    return score(logits, clips, classes, split=split or "all", protocol="zero-shot", missing=missing)
+    name = store.resolve(config.feature)
+    encoder = _encoder_of(store, name, config.weights, str(choose_device(config.device)))
+    clips, classes, missing = read_labelled(store, config.split, feature=name)
+    if unknown := sorted(set(config.phrases) - set(classes)):
+        raise RunError(f"there are words for {', '.join(unknown)}; the classes are: {', '.join(classes)}")
+    writer = None
+    if out is not None:
+        nobody = clips.only(set())
+        split = Split(config.split or EVERY, classes, nobody, nobody, clips, missing, "")
+        writer = RunWriter(out, "zeroshot", config, split, {name: store.features[name]})
+    text = class_embeddings(encoder, classes, config.phrases)
+    found = _classified(store, name, clips, torch.from_numpy(text), classes, config.split or EVERY, missing)
+    if writer is not None:
+        writer.write_weights({_TEXT: torch.from_numpy(text)})
+        writer.write_test(found)
+    return found
+
+
+def evaluate_zeroshot(run: Run, store: Store, split: str | None) -> Evaluation:
+    """Classify a store's embeddings by the text embeddings that a run holds; no encoder runs."""
+    (name,) = run.features
+    run.check_features(store)
+    found, names, missing = read_labelled(store, split, feature=name)
+    clips = by_name(found, names, run.classes)
+    return _classified(store, name, clips, _text(run), run.classes, split or EVERY, missing)
+
+
+def text_of(run: Run, store: Store, feature: str, classes: Sequence[str]) -> torch.Tensor:
+    """A zero-shot run's text embeddings, (classes, dim), in the order of ``classes``.
+
+    :class:`RunError` if the run is of another embedding, or lacks a class.
+    """
+    if feature not in run.features:
+        raise RunError(f"{run.path} is of {', '.join(run.features)}, not of {feature}; make one of it")
+    run.check_features(store)
+    if lacking := sorted(set(classes) - set(run.classes)):
+        raise RunError(f"{run.path} has no text of {', '.join(lacking)}; make it again on this store")
+    return _text(run)[[run.classes.index(name) for name in classes]]
+
+
+def _text(run: Run) -> torch.Tensor:
+    text = run.weights().get(_TEXT)
+    if text is None or text.ndim != 2 or len(text) != len(run.classes):
+        raise RunError(f"{run.path}/model.safetensors does not hold a text embedding a class; make the run again")
+    return text
+
+
+def _classified(
+    store: Store,
+    feature: str,
+    clips: Clips,
+    text: torch.Tensor,
+    classes: Sequence[str],
+    split: str,
+    missing: Mapping[str, int],
+) -> Evaluation:
+    rows = store.read_all(feature, clips.ids)
+    images = torch.from_numpy(_normalised(np.stack([some.astype(np.float32).mean(0) for some in rows])))
+    return score(100 * images @ text.T, clips, classes, split=split, protocol="zero-shot", missing=missing)
 
 
 def _encoder_of(store: Store, feature: str, weights: str | None, device: str) -> Encoder:

@@ -16,6 +16,7 @@ from moclip.errors import RunError
 from moclip.pipeline.learn.training import Training
 
 Config = TypeVar("Config", bound=Training)
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def recipe_names() -> list[str]:
@@ -81,6 +82,6 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
     if get_origin(wanted) is tuple or type(value) is not wanted:
-        what = "a list" if get_origin(wanted) is tuple else wanted.__name__
+        what = "a list" if get_origin(wanted) is tuple else _NAMES[wanted]
         raise RunError(f"{name} is {value!r}; expected {what}")
     return value
