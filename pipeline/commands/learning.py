@@ -65,7 +65,7 @@ def train() -> None:
 @click.option("--feature", help="motion-accumulated (default), motion, or another name.")
 @click.option("--backbone", metavar="NAME", help="timm:<model>.  [default: timm:efficientnet_b0]")
 @click.option("--weights", help="A file with the backbone's weights, instead of a download; none: from scratch.")
-@click.option("--input-size", type=int, metavar="PX", help="Side of the network's input.  [default: 224]")
+@click.option("--input-size", type=int, metavar="PX", help="Side of the network's input.  [default: the recipe's]")
 @click.option("--no-mirror", is_flag=True, help="For classes that left and right tell apart.")
 def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
     """Train MV-TSN, a network on motion vectors. Its pooled features stay in the run, for fusion.

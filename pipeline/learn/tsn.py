@@ -57,7 +57,7 @@ class TSNConfig(Training):
     feature: str = "motion-accumulated"
     backbone: str = "timm:efficientnet_b0"
     weights: str | None = None
-    input_size: int = 224
+    input_size: int = 160
     resize: tuple[int, ...] = (224, 256, 299)
     mirror: bool = True
     segments: int = 3
