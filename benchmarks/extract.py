@@ -197,9 +197,15 @@ def frames_of(path: str) -> Iterator[av.VideoFrame]:
         yield from container.decode(video=0)
 
 
-def write(out: Path, frames: Iterator[av.VideoFrame], size: tuple[int, int], options: dict[str, str]) -> None:
+def write(
+    out: Path,
+    frames: Iterator[av.VideoFrame],
+    size: tuple[int, int],
+    options: dict[str, str],
+    codec: str = "libx264",
+) -> None:
     with av.open(str(out), "w") as target:
-        stream = target.add_stream("libx264", rate=25, options=options)
+        stream = target.add_stream(codec, rate=25, options=options)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         for number, frame in enumerate(frames):

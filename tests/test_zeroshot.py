@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from synthetic import CLASSES, corpus, embedding_spec, tiny_clip, write_store
 
 from moclip.errors import RunError
@@ -149,7 +150,6 @@ def test_a_run_keeps_the_texts_and_fusion_adds_its_scores(clip: tuple[Encoder, P
 
 def test_quick_gelu_is_what_openai_trained_with(tmp_path: Path) -> None:
     """transformers' CLIP is OpenAI's: the same weights say the same, and without QuickGELU they do not."""
-    transformers = pytest.importorskip("transformers")
     sides = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
         text_config={**sides, "hidden_act": "quick_gelu", "vocab_size": 49408, "eos_token_id": 49407},
