@@ -204,11 +204,13 @@ def load_encoder(config: EncoderConfig, device: str = "cpu") -> Encoder:
 def image_tower(name: str) -> tuple[Any, int]:
     """The image side of the encoder ``name`` on torch's ``meta`` device, without weights, and the side of its input.
 
-    :class:`EncoderError` if the libraries here do not have it.
+    :class:`EncoderError` if the libraries here do not have it: nothing is fetched, as a stranger's store may name it.
     """
     import torch
 
     config = EncoderConfig(name)
+    if ":" in config.model:
+        raise EncoderError(f"{name} is described elsewhere, which is not asked here")
     if config.library == "timm":
         import timm
 

@@ -17,7 +17,7 @@ from moclip.store.containers.rows import RowReader, Rows
 from moclip.store.files import check_same_process, open_folder
 from moclip.store.groups import read_features, read_mark
 from moclip.store.places import Places
-from moclip.store.schema import VALUE, VALUE_STOP, FeatureSpec
+from moclip.store.schema import EXTRACTED, VALUE, VALUE_STOP, FeatureSpec
 from moclip.store.tables import ENTRIES, LABELS, VIDEOS, read_classes, read_table
 
 #: Videos by id, or by position in :attr:`Store.videos`.
@@ -91,7 +91,9 @@ class Store:
             return close[0]
         there = ", ".join(close or self.features) or "none yet"
         problem = "is ambiguous" if close else "is not there"
-        advice = "name one" if close else f"`moclip extract SOURCE {self.url} --feature {name}` adds it"
+        advice = "name one"
+        if not close and name in EXTRACTED:
+            advice = f"`moclip extract SOURCE {self.url} --feature {name}` adds it"
         raise FeatureError(f"the feature {name!r} {problem} in {self.url}, which has: {there}; {advice}")
 
     def ids(self, feature: str) -> list[str]:

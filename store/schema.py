@@ -46,6 +46,8 @@ FACT_FIELDS = (
     pa.field("corrupt_frames", pa.int64()),
 )
 
+#: The kinds of features that videos are extracted into; others are made of these.
+EXTRACTED = ("motion", "motion-accumulated", "embedding", "image")
 #: In receipts, where facts and entries share a row, the source list's own columns carry this prefix.
 EXTRA_PREFIX = "extra."
 

@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 from synthetic import CLASSES, Clip, corpus, embedding_spec, write_store
 
-from moclip.errors import RunError
+from moclip.errors import FeatureError, RunError
 from moclip.pipeline.learn.evaluate import evaluate_run
-from moclip.pipeline.learn.fusion import FRAMES, Features, FusionConfig, Sources, train_fusion, train_probe
+from moclip.pipeline.learn.frozen import FRAMES, Features, Images, PooledMotion
+from moclip.pipeline.learn.fusion import FusionConfig, train_fusion, train_probe
 from moclip.pipeline.learn.heads import HEADS
+from moclip.pipeline.learn.runs import load_run
 from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
-from moclip.store import open_store
+from moclip.store import ShardWriter, SourceFacts, add_feature, open_store, publish
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -156,35 +157,77 @@ def test_weights_of_another_head_are_refused(store: Path, tmp_path: Path) -> Non
 
 def test_the_published_fusion_lets_a_frozen_network_drift(store: Path, tmp_path: Path) -> None:
     """Batch statistics move, weights do not; clips without an embedding or motion take part, as zeros."""
+    gone = [
+        Clip("broken", "RedUp", "broken", {"1": "test"}, frames=26, fails=True),
+        Clip("unseen", "RedUp", "unseen", {"1": "test"}, frames=26, images=0),
+        Clip("short", "RedUp", "short", {"1": "test"}, frames=20),
+    ]
+    store = write_store(tmp_path / "s.zarr", [*corpus(6, frames=26), *gone])
     strict = replace(TSN, epochs=1, strict_reference=True, val_fraction=0.0)
     motion = train_tsn(store, tmp_path / "tsn", strict).run
+    assert "mv-tsn-views" not in open_store(motion / "features.zarr").features
     before = files_of(motion)
     config = replace(HEAD, epochs=2, motion_run=str(motion), strict_reference=True, val_fraction=0.0)
     result = train_fusion(store, tmp_path / "run", config)
     assert files_of(motion) == before
-    assert result.test.clips == 25
-    assert result.test.missing == {}
+    assert result.chosen_on == "test"
+    assert (result.test.clips, result.test.missing) == (10, {"fewer frames than segments": 1})
     was, now = load_file(motion / "model.safetensors"), load_file(result.run / "model.safetensors")
     moved = {name for name in was if not torch.equal(was[name], now[f"motion.{name}"])}
     statistics = {name for name in was if "running_" in name or "num_batches" in name}
     assert moved == statistics != set()
     assert evaluate_run(result.run, store).metrics == result.test
 
-    missing = store.parent / "missing.zarr"
-    write_store(missing, [*corpus(18), Clip("gone", "RedUp", "gone", {"1": "test"}, images=0)])
     probe = replace(config, motion_run=None)
-    assert train_probe(missing, tmp_path / "probe", probe).test.clips == 25
-    plain = train_probe(missing, tmp_path / "plain", replace(probe, strict_reference=False))
-    assert (plain.test.clips, sum(plain.test.missing.values())) == (24, 1)
+    assert train_probe(store, tmp_path / "probe", probe).test.clips == 11
+    plain = train_probe(store, tmp_path / "plain", replace(probe, strict_reference=False))
+    assert (plain.test.clips, plain.test.missing) == (10, {"truncated": 1})
+    with pytest.raises(RunError, match="was trained with strict_reference; train both the same way"):
+        train_fusion(store, tmp_path / "mixed", replace(config, strict_reference=False))
+
+
+def test_a_store_that_got_another_embedding(store: Path, motion_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "s.zarr")
+    probe = train_probe(tmp_path / "s.zarr", tmp_path / "probe", replace(HEAD, epochs=2))
+    assert load_run(probe.run).config["feature"] == "embedding-invented"
+    spec = embedding_spec(weights_sha256="e" * 64)
+    add_feature(tmp_path / "s.zarr", "embedding-other", spec)
+    writer = ShardWriter(tmp_path / "s.zarr", feature="embedding-other", spec=spec, shard="one")
+    writer.append(np.zeros((1, 16), np.float16), frame_index=np.zeros(1), pts_seconds=np.zeros(1))
+    writer.ok(SourceFacts(id="RedUp/v00"))
+    writer.finish()
+    publish(tmp_path / "s.zarr")
+    assert evaluate_run(probe.run, tmp_path / "s.zarr").metrics == probe.test
+    with pytest.raises(FeatureError, match="ambiguous"):
+        train_probe(tmp_path / "s.zarr", tmp_path / "more", replace(HEAD, epochs=2))
+
+
+def test_a_run_behind_a_link(store: Path, motion_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "far" / "away").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "far" / "away")
+    config = replace(HEAD, epochs=1, motion_run=str(motion_run))
+    found = train_fusion(store, tmp_path / "runs" / "fusion", config)
+    assert evaluate_run(found.run, store).metrics == found.test
 
 
 class TestFeatures:
     ids = ("RedUp/v03", "BlueDown/v04", "RedUp/v00")
 
-    def features(self, store: Path, motion_run: Path | None, **config: Any) -> Features:
-        motion = None if motion_run is None else open_store(motion_run / "features.zarr")
-        sources = Sources("embedding-invented", motion)
-        return Features(open_store(store), sources, self.ids, replace(HEAD, **config), CPU)
+    def features(
+        self,
+        store: Path,
+        motion_run: Path | None,
+        *,
+        trained: tuple[str, ...] = (),
+        every_row: bool = False,
+        frames: str = "all",
+        seed: int = 0,
+    ) -> Features:
+        images = Images(open_store(store), "embedding-invented", self.ids, CPU, frames=frames, seed=seed)
+        if motion_run is None:
+            return Features(images, None)
+        pooled = open_store(motion_run / "features.zarr")
+        return Features(images, PooledMotion(pooled, self.ids, trained, CPU, segments=3, every_row=every_row))
 
     def test_evaluation_sees_every_row_or_their_mean(self, store: Path, motion_run: Path) -> None:
         opened, pooled = open_store(store), open_store(motion_run / "features.zarr")
@@ -196,7 +239,7 @@ class TestFeatures:
         np.testing.assert_array_equal(means.images, images[videos])
         np.testing.assert_allclose(means.position, [[1 / 6, 0.5, 5 / 6]] * 2, rtol=1e-6)
         assert means.there.all()
-        every = self.features(store, motion_run, head="cross-attention").whole(videos)
+        every = self.features(store, motion_run, every_row=True).whole(videos)
         np.testing.assert_array_equal(every.motion, rows[videos])
         middle = self.features(store, None, frames="middle").whole(videos)
         assert middle.motion is None
@@ -209,8 +252,11 @@ class TestFeatures:
         pooled = open_store(motion_run / "features.zarr")
         assert set(self.ids) <= set(pooled.ids("mv-tsn-views")) < set(pooled.ids("mv-tsn"))
         views = pooled.read("mv-tsn-views", self.ids[2]).astype(np.float32).reshape(TSN.views, 9, -1)
-        features, rng = self.features(store, motion_run, frames="random"), np.random.default_rng(0)
-        draws = [features.sample(np.array([2, 0]), rng) for _ in range(40)]
+        features, rng = (
+            self.features(store, motion_run, trained=self.ids[::2], frames="random"),
+            np.random.default_rng(0),
+        )
+        draws = [features.sample(np.array([2, 0]), rng) for _ in range(40)]  # the trained ones
         seen = set()
         for draw in draws:
             assert draw.motion is not None
@@ -223,8 +269,8 @@ class TestFeatures:
         assert len({tuple(draw.images[0, 0].tolist()) for draw in draws}) == 3
 
     def test_without_views_it_draws_from_the_plain_rows(self, store: Path, motion_run: Path) -> None:
-        features = self.features(store, motion_run)
-        features.views = None
+        trained = (*self.ids[:1], "BlueDown/v17")  # one of the test side: the run has no views of it
+        features = self.features(store, motion_run, trained=trained)
         drawn = features.sample(np.array([0]), np.random.default_rng(0))
         assert drawn.motion is not None
         rows = open_store(motion_run / "features.zarr").read("mv-tsn", self.ids[0]).astype(np.float32)

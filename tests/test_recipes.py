@@ -50,6 +50,7 @@ def test_the_last_word_counts(tmp_path: Path) -> None:
     [
         (["hidden=3"], "tsn has no setting 'hidden'; it has: split, batch"),
         (["lr"], "no setting 'lr'; expected name=value"),
+        (["weight_decay=nan"], "weight_decay is nan; it must not be negative"),
         (["lr=fast"], "lr is 'fast'; expected a number"),
         (["epochs=1.5"], "epochs is 1.5; expected a whole number"),
         (["epochs=true"], "epochs is True; expected a whole number"),
@@ -69,6 +70,9 @@ def test_what_is_no_recipe(tmp_path: Path) -> None:
         configured(TSNConfig, "tsn", "slow", split="1")
     (tmp_path / "a.toml").write_text("[probe]")
     with pytest.raises(RunError, match=r"says nothing of tsn; expected a table \[tsn\]"):
+        configured(TSNConfig, "tsn", str(tmp_path / "a.toml"), split="1")
+    (tmp_path / "a.toml").write_text("epochs = 3\n[tsn]\n[tns]\n")
+    with pytest.raises(RunError, match="has epochs, tns; expected tables of the kinds of training: tsn, fusion, probe"):
         configured(TSNConfig, "tsn", str(tmp_path / "a.toml"), split="1")
     (tmp_path / "a.toml").write_text("[tsn")
     with pytest.raises(RunError, match="is not TOML"):

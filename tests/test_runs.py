@@ -43,9 +43,9 @@ def evaluation() -> Evaluation:
 
 
 def finished(out: Path, kind: str = "tsn") -> RunWriter:
-    writer = RunWriter(out, kind, Config(), SPLIT, {"embedding-x": embedding_spec()})
-    writer.keep({"w": torch.arange(6.0).reshape(2, 3).T}, [ROW])
-    writer.finish(Fitted((ROW,), ROW), evaluation(), ModelCard(()))
+    with RunWriter(out, kind, Config(), SPLIT, {"embedding-x": embedding_spec()}) as writer:
+        writer.keep({"w": torch.arange(6.0).reshape(2, 3).T}, [ROW])
+        writer.finish(Fitted((ROW,), ROW), evaluation(), ModelCard(()))
     return writer
 
 
@@ -132,6 +132,11 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     for broken, message in (
         (json.dumps({**config, "format": 99}), "upgrade moclip"),
+        (json.dumps({**config, "classes": [1, 2]}), "classes are no names"),
+        (json.dumps({**config, "classes": ["a", "a"]}), "a class is there twice"),
+        (json.dumps({**config, "config": {}}), "incomplete .*split"),
+        (json.dumps({**config, "config": {"split": ["1"]}}), "split is no name"),
+        ("[" * 100_000, "is not JSON"),
         (json.dumps({**config, "kind": "evl9"}), "kind 'evl9'"),
         ("[]", "is not a moclip run"),
         ("{", "is not JSON"),

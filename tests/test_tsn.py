@@ -316,7 +316,7 @@ def test_the_references_defects(tmp_path: Path) -> None:
         replace(strict, val_fraction=0.2)
     assert evaluate_run(result.run, path, protocol="99x1").metrics.clips == 1
     label(path, [replace(clip, splits={"1": "test"}) if clip.id.startswith("broken") else clip for clip in clips])
-    with pytest.raises(RunError, match="no test clip of split '1' has motion-accumulated that can be tested"):
+    with pytest.raises(RunError, match="no test clip of split '1' has motion-accumulated to test"):
         evaluate_run(result.run, path, protocol="99x1")
     label(path, [replace(clip, label="One" if clip.id == "one" else clip.label) for clip in [*clips, *short]],
           classes=[*CLASSES, "One"])  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from synthetic import CLASSES, corpus, embedding_spec, tiny_clip, write_store
+from synthetic import CLASSES, Clip, corpus, embedding_spec, tiny_clip, write_store
 
 from moclip.errors import RunError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
@@ -45,6 +45,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Path]:
         ("wave2", "wave2"),
         ("TVShowHost", "tv show host"),
         ("walk-the_DogFast", "walk the dog fast"),
+        ("petting animal (not cat)", "petting animal (not cat)"),
+        ("massaging person's head", "massaging person's head"),
     ],
 )
 def test_phrases(label: str, words: str) -> None:
@@ -110,7 +112,10 @@ def test_words_of_ones_own(clip: tuple[Encoder, Path], tmp_path: Path) -> None:
     np.testing.assert_allclose(plain, class_embeddings(encoder, ["BlueDown"])[0], atol=1e-6)
 
     path = store_of_texts(encoder, tmp_path / "s.zarr")
-    with pytest.raises(RunError, match="there are words for Sideways; the classes are: RedUp"):
+    with pytest.raises(
+        RunError,
+        match="there are words for Sideways, which the store does not have; write its classes as they are: RedUp",
+    ):
         zeroshot(path, ZeroShotConfig(weights=str(file), phrases={"Sideways": ["x"]}))
     for broken in ("RedUp = 3", "RedUp = []", "RedUp = [1]", "RedUp ="):
         told.write_text(broken)
@@ -140,12 +145,21 @@ def test_a_run_keeps_the_texts_and_fusion_adds_its_scores(clip: tuple[Encoder, P
         assert added.card.trainable == alone.card.trainable
         assert evaluate_run(added.run, path).metrics == added.test
         other = write_store(tmp_path / "other.zarr", corpus(3))
-        with pytest.raises(RunError, match="trained on embedding-"):
+        with pytest.raises(RunError, match=r"`moclip extract SOURCE .* --feature embedding --encoder open_clip:moclip"):
             evaluate_run(run.path, other)
         with pytest.raises(RunError, match="has no text of Sideways; make it again"):
             text_of(run, open_store(path), "embedding-invented", ["RedUp", "Sideways"])
     finally:
         file.with_suffix(".away").rename(file)
+
+
+def test_clips_without_the_embedding(clip: tuple[Encoder, Path], tmp_path: Path) -> None:
+    encoder, file = clip
+    clips = [replace(one, images=0) if (one.splits or {})["1"] == "test" else one for one in corpus(3)]
+    path = write_store(tmp_path / "s.zarr", [*clips, Clip("a", "RedUp", None, {})], embedding=encoder.spec("middle"))
+    with pytest.raises(RunError, match="no clip of split '1' has rows of embedding-invented; extract them"):
+        zeroshot(path, ZeroShotConfig("1", weights=str(file)), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_quick_gelu_is_what_openai_trained_with(tmp_path: Path) -> None:

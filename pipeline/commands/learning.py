@@ -26,7 +26,8 @@ _TRAINING = together(
     click.option(
         "--val-fraction",
         type=float,
-        help="Part of train, in whole groups, that chooses the epoch; 0 takes the last.  [default: the recipe's]",
+        help="Part of train, in whole groups, that chooses the epoch, unless the split names val; 0 takes the last."
+        "  [default: the recipe's]",
     ),
     click.option("--seed", type=int, help="Fixes every random choice.  [default: 0]"),
     click.option("--device", help="cpu, cuda or auto.  [default: auto]"),
@@ -91,7 +92,7 @@ def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
 @click.option("--zeroshot-run", type=EXISTING, help="A run of `moclip zeroshot`, to add its scores to the head's.")
 @click.option("--feature", help="The embedding, where the store has several.")
 def fusion(store: str, out: Path, motion_run: Path, zeroshot_run: Path | None, **options: Any) -> None:
-    """Train the late fusion of a frozen MV-TSN and the image embedding. Runs no CNN.
+    """Train the late fusion of a frozen MV-TSN and the image embedding, both read as features.
 
     \b
     Example:
@@ -136,17 +137,17 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _training_bar(epochs: int) -> Iterator[dict[str, Any]]:
-    """What a training tells: where it is after each step, and how the last epoch did on what is held out."""
+    """What a training tells: where it is after each step, and how the last epoch did on the clips that judge it."""
     held_out = ""
     with progress("train", epochs, "epoch {epoch}/{total} · {said}") as advance:
 
-        def on_step(epoch: int, clips: int, loss: float) -> None:
-            advance(epoch - 1, epoch=epoch, said=f"{count(clips, 'clip')} · loss {loss:.3f}{held_out}")
+        def on_step(epoch: int, how_far: str) -> None:
+            advance(epoch - 1, epoch=epoch, said=f"{how_far}{held_out}")
 
         def on_epoch(row: Any) -> None:
             nonlocal held_out
             if row.val_top1 is not None:
-                held_out = f" · held out {100 * row.val_top1:.1f} %"
+                held_out = f" · last {100 * row.val_top1:.1f} %"
             advance(row.epoch, epoch=row.epoch, said=f"loss {row.train_loss:.3f}{held_out}")
 
         yield {"on_epoch": on_epoch, "on_step": on_step}
@@ -154,7 +155,10 @@ def _training_bar(epochs: int) -> Iterator[dict[str, Any]]:
 
 def _print_result(result: "TrainResult") -> None:
     best = result.best
-    chosen = "the last" if best.val_top1 is None else f"chosen on the held-out part, {100 * best.val_top1:.1f} % there"
+    chosen = "the last"
+    if best.val_top1 is not None:
+        where = "on the TEST clips, as published" if result.chosen_on == "test" else "on the held-out part"
+        chosen = f"chosen {where}, {100 * best.val_top1:.1f} % there"
     click.echo(f"{result.kind}: epoch {best.epoch} ({chosen}); {result.seconds:.1f} s")
     _print_metrics(result.test)
     for line in result.card.lines():

@@ -3,9 +3,9 @@
 import re
 
 from moclip.errors import SourceError
+from moclip.store.schema import EXTRACTED
 
-MOTION, ACCUMULATED, EMBEDDING, IMAGE = "motion", "motion-accumulated", "embedding", "image"
-KINDS = (MOTION, ACCUMULATED, EMBEDDING, IMAGE)
+KINDS = MOTION, ACCUMULATED, EMBEDDING, IMAGE = EXTRACTED
 #: What is extracted where nobody says what.
 DEFAULT_KINDS = (MOTION, ACCUMULATED, EMBEDDING)
 

@@ -22,11 +22,12 @@ import torch
 from moclip.errors import RunError
 from moclip.pipeline.learn.clips import Clips, split_table
 from moclip.pipeline.learn.fit import EpochRow
-from moclip.pipeline.learn.fusion import FusionConfig, relative, train_fusion, train_probe
+from moclip.pipeline.learn.fusion import FusionConfig, as_saved, train_fusion, train_probe
 from moclip.pipeline.learn.metrics import score
 from moclip.pipeline.learn.recipes import configured
 from moclip.pipeline.learn.runs import finished_as
 from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
+from moclip.pipeline.learn.tsn import as_saved as tsn_as_saved
 from moclip.store import Store, open_store, write_atomic
 
 MOTION, AVERAGE = "motion", "score-average"
@@ -140,22 +141,23 @@ def ablate(
 
 def _claim(out: Path, store: Store, ablation: Ablation) -> None:
     """Refuse a folder whose runs saw other clips, labels or features: a table compares what is alike."""
-    features = sorted(store.features)
-    seen = json.dumps(
-        {
-            "features": {name: [store.features[name].digest, store.ids(name)] for name in features},
-            "splits": {name: split_table(store, name).to_pylist() for name in ablation.splits},
-        }
-    )
-    about = json.dumps({"store": hashlib.sha256(seen.encode()).hexdigest()}).encode()
+    motion = ablation.config(TSNConfig, "tsn", ablation.splits[0], 0).feature
+    features = [store.resolve(name) for name in (motion, ablation.feature)]
+    about: dict[str, str] = {name: _digest([store.features[name].digest, store.ids(name)]) for name in features}
+    about |= {f"split {name}": _digest(split_table(store, name).to_pylist()) for name in ablation.splits}
     path = out / "ablation.json"
-    if path.exists() and path.read_bytes() != about:
+    there: dict[str, str] = json.loads(path.read_bytes()) if path.exists() else {}
+    if changed := [name for name, digest in about.items() if there.get(name, digest) != digest]:
         raise RunError(
-            f"{out} is of another store, of other splits, or of this store before it changed; "
+            f"{out} is of another store, or of this one before it changed ({', '.join(changed)}); "
             "give another --out, or remove it"
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, about)
+    write_atomic(path, json.dumps({**there, **about}, indent=1).encode())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,8 @@ class _Run:
         """The test metrics, of a training that is made now or was made before."""
         if self.cell.kind == "average":
             return self._average()
-        config, path = self._config(), self.folder / self.cell.name
-        saved = relative(config, path) if self._fuses() else config
+        config, path, store = self._config(), self.folder / self.cell.name, open_store(self.store)
+        saved: Any = tsn_as_saved(config, store) if self.cell.kind == "tsn" else as_saved(config, store, path)
         if not finished_as(path, saved):
             train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[self.cell.kind]
             train(self.store, path, config, on_epoch=self.on_epoch)
@@ -184,12 +186,9 @@ class _Run:
         ablation, kind = self.ablation, self.cell.kind
         if kind == "tsn":
             return ablation.config(TSNConfig, kind, self.split, self.seed)
-        motion = {"motion_run": str(self.folder / MOTION)} if self._fuses() else {}
+        motion = {"motion_run": str(self.folder / MOTION)} if kind == "fusion" else {}
         given = {**self.cell.values, **motion, "feature": ablation.feature}
         return ablation.config(FusionConfig, kind, self.split, self.seed, **given)
-
-    def _fuses(self) -> bool:
-        return self.cell.kind == "fusion"
 
     def _average(self) -> Mapping[str, Any]:
         """The mean of the probabilities that the motion-only and the image-only model give."""

@@ -83,18 +83,23 @@ def head_card(
     ``sizes`` are those of the features, ``encoder`` made the images, of which a clip has ``frames``; ``motion`` is the
     MV-TSN's timm model, its input size and its segments a clip.
     """
-    parts, unknown = [], []
+    parts: list[Part] = []
+    unknown: list[str] = []
+
+    def frozen(name: str, network: Callable[[], tuple[nn.Module, int]], channels: int, times: int) -> None:
+        try:
+            tower, size = network()
+            image = torch.zeros((1, channels, size, size), device="meta")
+            macs = count_macs(lambda: tower.eval()(image))
+        except Exception:  # some networks need what is not installed; a training must not fail by its card
+            log.info("%s is not counted", name, exc_info=True)
+            unknown.append(name)
+        else:
+            parts.append(Part(name, _parameters(tower), 0, times, macs))
+
     if motion:
-        name, size, segments = motion
-        with torch.device("meta"):
-            network = timm_backbone(name, pretrained=False, in_chans=2)
-        parts.append(_frozen("MV-TSN", network, segments, torch.zeros((1, 2, size, size), device="meta")))
-    try:
-        tower, size = image_tower(encoder)
-        parts.append(_frozen(encoder, tower, frames, torch.zeros((1, 3, size, size), device="meta")))
-    except Exception:  # some towers need what is not installed; a finished training must not fail by its card
-        log.info("the encoder %s is not counted", encoder, exc_info=True)
-        unknown.append(encoder)
+        frozen("MV-TSN", lambda: (_on_meta(motion[0]), motion[1]), 2, motion[2])
+    frozen(encoder, lambda: image_tower(encoder), 3, frames)
     with torch.device("meta"):
         made = make_head(head, *sizes, classes)
         seen = ClipFeatures(
@@ -120,8 +125,11 @@ def count_macs(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _frozen(name: str, model: nn.Module, times: int, image: torch.Tensor) -> Part:
-    return Part(name, _parameters(model), 0, times, count_macs(lambda: model.eval()(image)))
+def _on_meta(model: str) -> nn.Module:
+    """A motion network without data."""
+    with torch.device("meta"):
+        network: nn.Module = timm_backbone(model, pretrained=False, in_chans=2)
+    return network
 
 
 def _parameters(model: nn.Module) -> int:

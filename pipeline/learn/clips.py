@@ -82,13 +82,16 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     """The clips of ``split_<name>`` that have rows of all ``features``.
 
     The part to select on is ``val``, where the table names one, else ``val_fraction`` of train in whole
-    groups (a clip without a group is one of its own); 0 holds nothing out. No ``features`` need none. :class:`RunError`
+    groups (a clip without a group is one of its own); 0 holds nothing out, and leaves out what the table names val. No
+    ``features`` need none. :class:`RunError`
     if the split, its train or test side, or a class's training clips are not there.
     """
     table = split_table(store, name)
     labels, classes = _classes(store, table)
     parts = np.asarray(table["part"].to_pylist(), object)
-    if val_fraction and not (parts == "val").any():
+    if not val_fraction:
+        parts[parts == "val"] = "unused"
+    elif not (parts == "val").any():
         parts[_hold_out(table, labels, parts == "train", val_fraction)] = "val"
     ids = table["id"].to_pylist()
     digest = hashlib.sha256(json.dumps([ids, labels.tolist(), parts.tolist()]).encode()).hexdigest()[:16]
@@ -131,6 +134,12 @@ def read_labelled(
     missing = _count_missing(store, [feature], [video for video in ids if video not in there])
     _warn_of_missing(missing, [feature])
     return Clips(tuple(ids), targets).only(there), tuple(classes), missing
+
+
+def has_rows(store: Store, feature: str, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which of ``ids`` have rows of a feature."""
+    there = set(store.ids(feature))
+    return np.array([video in there for video in ids], bool)
 
 
 def split_table(store: Store, name: str) -> pa.Table:

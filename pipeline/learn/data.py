@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.clips import has_rows
 from moclip.pipeline.learn.views import Geometry, Views, prepare
 from moclip.store import Store
 
@@ -24,7 +25,7 @@ _I_FRAME = 1
 #: Pixels of displacement that quantise to a picture's lowest byte.
 _FULL = 21
 #: The share of the memory that is free which a resident feature may take.
-_RESIDENT_SHARE = 0.5
+RESIDENT_SHARE = 0.5
 _READ_VIDEOS = 128
 
 
@@ -78,7 +79,7 @@ class Motion:
         self.scale = 0.25 if spec.kind == "motion" else 1.0
         self._there = np.ones(len(self.ids), bool)
         if missing_as_zeros:
-            self._there = np.isin(self.ids, store.ids(self.feature))
+            self._there = has_rows(store, self.feature, ids)
         there = self.ids[self._there].tolist()
         self.frames = np.ones(len(self.ids), np.int64)
         self.frames[self._there] = store.row_counts(self.feature, there)
@@ -88,7 +89,7 @@ class Motion:
         self._is_i[np.repeat(self._there, self.frames)] = np.concatenate(types) == _I_FRAME
         self._block_of, geometries = self._geometries(there)
         needed = sum(int(self.frames[self._block_of == b].sum()) * g.row_bytes for b, g in enumerate(geometries))
-        self.resident = needed < _RESIDENT_SHARE * free_bytes(device)
+        self.resident = needed < RESIDENT_SHARE * free_bytes(device)
         self._offset = np.zeros(len(self.ids), np.int64)
         self._blocks = [self._block(b, geometry) for b, geometry in enumerate(geometries)]
         if not self._there.all():

@@ -37,8 +37,8 @@ class EpochRow:
 
 
 OnEpoch = Callable[[EpochRow], None]
-#: Told after each step: the epoch, its clips so far, and their mean loss.
-OnStep = Callable[[int, int, float], None]
+#: Told of each step: the epoch, and in words how far it is.
+OnStep = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,21 @@ def fit(
     best: EpochRow | None = None
     best_state: State = {}
     if snapshot := keeper.saved():
-        model.load_state_dict(snapshot.model)
-        optimizer.load_state_dict(snapshot.optimizer)
-        _set_random_state(snapshot.random, device)
-        history, best_state = list(snapshot.history), snapshot.best_state
-        best = history[snapshot.best]
+        try:
+            model.load_state_dict(snapshot.model)
+            optimizer.load_state_dict(snapshot.optimizer)
+            _set_random_state(snapshot.random, device)
+            history, best_state = list(snapshot.history), snapshot.best_state
+            best = history[snapshot.best]
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            raise RunError("checkpoint.pt is not of this training; remove it to train from the start") from error
 
     def no_number(what: str) -> RunError:
         """Keep what was good before."""
         if best:
             keeper.keep(best_state, history)
         good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
-        return RunError(f"{what} no number; {good}; lower the lr ({lr:g})")
+        return RunError(f"{what} no number; {good}; lower the lr ({lr:g}) and give another --out, or remove this one")
 
     rates = [group["initial_lr"] for group in _with_initial_rates(optimizer)]
     saved_at = time.monotonic()
@@ -138,7 +141,7 @@ def fit(
                 loss.backward()  # type: ignore[no-untyped-call]
                 total, seen = total + value * clips, seen + len(targets)
             optimizer.step()
-            on_step(epoch, seen, total / seen)
+            on_step(epoch, f"{seen} clips · loss {total / seen:.3f}")
 
         val_loss, val_top1 = validate(model, val()) if val else (None, None)
         if not _is_finite(model.state_dict()) or (val_loss is not None and not math.isfinite(val_loss)):

@@ -136,7 +136,8 @@ class WithZeroShot(nn.Module):
 
     def forward(self, clips: ClipFeatures) -> torch.Tensor:
         scores: torch.Tensor = self.head(clips)
-        return scores + 100 * normalize(clips.mean_image(), dim=-1) @ self.text.T
+        with torch.autocast(scores.device.type, enabled=False):  # bfloat16 has eighths at such a size
+            return scores.float() + 100 * normalize(clips.mean_image().float(), dim=-1) @ self.text.T
 
 
 HEADS: dict[str, Any] = {

@@ -88,9 +88,19 @@ def pool_views(features: Features, motion: Motion, augmented: Augmented) -> Iter
 
 
 def write_pooled(
-    path: Path, features: Features, motion: Motion, *, size: int, augmented: Augmented | None, weights_sha256: str
+    path: Path,
+    features: Features,
+    motion: Motion,
+    *,
+    size: int,
+    augmented: Augmented | None,
+    weights_sha256: str,
+    on_clips: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
-    """Write every video's pooled features as a store of its own; returns their means over segments (videos, D)."""
+    """Write every video's pooled features as a store of its own; returns their means over segments (videos, D).
+
+    ``on_clips`` is told how many clips are written, of views again from the first.
+    """
     create_store(path)
     means = []
 
@@ -105,10 +115,10 @@ def write_pooled(
         "weights_sha256": weights_sha256,
         "input_size": size,
     }
-    _write(path, POOLED, {**about, "segments": POOLED_SEGMENTS}, motion, of_all())
+    _write(path, POOLED, {**about, "segments": POOLED_SEGMENTS}, motion, of_all(), on_clips)
     if augmented:
         about |= {"segments": VIEW_SEGMENTS, "augmented": asdict(augmented)}
-        _write(path, POOLED_VIEWS, about, motion, pool_views(features, motion, augmented))
+        _write(path, POOLED_VIEWS, about, motion, pool_views(features, motion, augmented), on_clips)
     publish(path)
     return torch.cat(means)
 
@@ -119,6 +129,7 @@ def _write(
     parameters: Mapping[str, Any],
     motion: Motion,
     pooled: Iterator[Pooled],
+    on_clips: Callable[[int], None],
 ) -> None:
     spec = FeatureSpec(
         kind=kind,
@@ -140,5 +151,6 @@ def _write(
             shard.append(rows[i].numpy(), frame_index=frames[i], pts_seconds=seconds[i])
             shard.ok(SourceFacts(id=video))
             count += 1
+        on_clips(count)
     if shard is not None:
         shard.finish()

@@ -4,7 +4,6 @@ Others of them are where what they spoil is: the crops in :mod:`.views` and :mod
 :mod:`.tsn`.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from moclip.errors import RunError
-from moclip.pipeline.learn.clips import Clips, Split
+from moclip.pipeline.learn.clips import Clips, Split, has_rows
 from moclip.pipeline.learn.data import Ints, Motion, middle_indices, random_indices
 from moclip.pipeline.learn.heads import ClipFeatures
 from moclip.pipeline.learn.views import Augmentation, fixed_views, random_views
@@ -21,14 +20,15 @@ from moclip.store import Store
 SHORT = "fewer frames than segments"
 
 
-def long_enough(clips: Clips, store: Store, feature: str, segments: int) -> tuple[Clips, int]:
-    """The clips of as many frames as segments, and how many others there are: the published code drops them, and
-    nothing says so. A clip without motion counts as long enough: there, its length comes from a list.
+def long_enough(clips: Clips, store: Store, feature: str, segments: int) -> tuple[Clips, dict[str, int]]:
+    """The clips of as many frames as segments, and a count of the others: the published code drops them, and nothing
+    says so. A clip without motion counts as long enough: there, its length comes from a list.
     """
-    there = np.isin(np.array(clips.ids, object), store.ids(feature))
+    there = has_rows(store, feature, clips.ids)
     kept = ~there
     kept[there] = store.row_counts(feature, clips.take(there).ids) >= segments
-    return clips.take(kept), int((~kept).sum())
+    short = int((~kept).sum())
+    return clips.take(kept), {SHORT: short} if short else {}
 
 
 def without_short(split: Split, store: Store, feature: str, train: int, test: int) -> Split:
@@ -38,33 +38,36 @@ def without_short(split: Split, store: Store, feature: str, train: int, test: in
     untrained = np.setdiff1d(split.train.targets, trained.targets)
     if len(untrained) or not len(tested):
         lost = f"no training clip of {split.classes[untrained[0]]}" if len(untrained) else "no test clip"
-        raise RunError(f"the published code drops clips of fewer frames than segments, and leaves {lost}")
-    missing = {**split.missing, **({SHORT: short} if short else {})}
-    return replace(split, train=trained, test=tested, missing=missing)
+        raise RunError(
+            f"the published code drops clips of fewer frames than segments, and leaves {lost}; "
+            "train without strict_reference"
+        )
+    return replace(split, train=trained, test=tested, missing={**split.missing, **short})
 
 
 class Pictures:
-    """What a motion network sees of clips while a fusion is trained: pictures (n, segments, 2, size, size)."""
+    """What a motion network sees of clips while a fusion is trained: pictures (n, segments, 2, S, S).
 
-    def __init__(self, store: Store, feature: str, ids: Sequence[str], how: Augmentation, device: torch.device) -> None:
-        self.motion = Motion(store, feature, ids, device, missing_as_zeros=True)
-        self.how = how
+    ``size`` is the length of the features that it makes of one.
+    """
 
-    def random(self, clips: Ints, segments: int, rng: np.random.Generator) -> torch.Tensor:
-        """Training's: a random frame of each segment, each in a box of its own."""
-        frames = self.motion.before_i_frames(clips, random_indices(self.motion.frames[clips], segments, rng))
-        each = np.repeat(clips, segments)
-        parts = self.motion.fetch(each, frames.reshape(-1, 1))
-        views = random_views(len(each), self.how, rng)
-        images = self.motion.prepared(parts, views, self.how.size, mirror_bytes=True)
-        return images.view(len(clips), segments, *images.shape[2:])
+    def __init__(self, motion: Motion, how: Augmentation, segments: int, size: int) -> None:
+        self._motion, self._how, self._segments, self.size = motion, how, segments, size
 
-    def middle(self, clips: Ints, segments: int) -> torch.Tensor:
-        """Tests': the middle frames, centre crop."""
-        frames = self.motion.before_i_frames(clips, middle_indices(self.motion.frames[clips], segments))
-        return self.motion.prepared(
-            self.motion.fetch(clips, frames), fixed_views(len(clips), self.how.size), self.how.size
-        )
+    def sample(self, videos: Ints, rng: np.random.Generator) -> torch.Tensor:
+        """A random frame of each segment, each in a box of its own."""
+        motion, how = self._motion, self._how
+        frames = motion.before_i_frames(videos, random_indices(motion.frames[videos], self._segments, rng))
+        each = np.repeat(videos, self._segments)
+        parts = motion.fetch(each, frames.reshape(-1, 1))
+        images = motion.prepared(parts, random_views(len(each), how, rng), how.size, mirror_bytes=True)
+        return images.view(len(videos), self._segments, *images.shape[2:])
+
+    def whole(self, videos: Ints, segments: int) -> torch.Tensor:
+        """The middle frames, centre crop."""
+        motion, how = self._motion, self._how
+        frames = motion.before_i_frames(videos, middle_indices(motion.frames[videos], segments))
+        return motion.prepared(motion.fetch(videos, frames), fixed_views(len(videos), how.size), how.size)
 
 
 class DriftingFusion(nn.Module):

@@ -12,6 +12,7 @@ RUN/evaluations/           what later evaluations found
 """
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -41,18 +42,23 @@ from moclip.store import FeatureSpec, Store, parquet_bytes, write_atomic
 FORMAT = 1
 KINDS = ("tsn", "fusion", "probe", "zeroshot")
 FEATURES = "features.zarr"
+MOTION_KINDS = ("motion", "motion-accumulated")
 _CHECKPOINT = "checkpoint.pt"
 _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished training: its directory, its test metrics, the epoch chosen on the held-out part, the model's card."""
+    """A finished training: its directory, its test metrics, the chosen epoch, the model's card.
+
+    The epoch was chosen on ``val``, on ``test`` (as published), or on ``none``: it is the last.
+    """
 
     run: Path
     kind: str
     test: Metrics
     best: EpochRow
+    chosen_on: str
     seconds: float
     card: ModelCard
 
@@ -68,6 +74,14 @@ class Run:
     split_digest: str
     features: Mapping[str, FeatureSpec]
     config: Mapping[str, Any]
+
+    def feature(self, *kinds: str) -> str:
+        """The full name of the feature of one of ``kinds`` that the run was trained on."""
+        names = [name for name, spec in self.features.items() if spec.kind in kinds]
+        if len(names) != 1:
+            raise RunError(f"{self.path}/config.json names {len(names)} features of kind {' or '.join(kinds)}; "
+                           "expected one; train the run again")  # fmt: skip
+        return names[0]
 
     def weights(self) -> dict[str, torch.Tensor]:
         try:
@@ -96,8 +110,20 @@ class Run:
                 what = "has no such feature" if found is None else "holds another specification under that name"
                 raise RunError(
                     f"{self.path} was trained on {name} ({trained.digest}), but {places} {what}; "
-                    "extract it as it was, or train on this store"
+                    f"{_remedy(name, trained, places)}, or train on this store"
                 )
+
+
+def _remedy(name: str, spec: FeatureSpec, store: str) -> str:
+    """How to come by a feature that is not there."""
+    if spec.kind in MOTION_KINDS:
+        how = f"--feature {spec.kind} --motion {spec.parameters.get('motion')} --cell {spec.parameters.get('cell')}"
+    elif spec.kind == "embedding":
+        parameters = spec.parameters
+        how = f"--feature embedding --encoder {parameters.get('encoder')} --frames {parameters.get('frames')}"
+    else:
+        return "train the MV-TSN that it comes from as it was"
+    return f"`moclip extract SOURCE {store} {how}` adds it"
 
 
 def load_run(path: str | Path, *, kind: str | None = None) -> Run:
@@ -111,18 +137,25 @@ def load_run(path: str | Path, *, kind: str | None = None) -> Run:
         data = json.loads((path / "config.json").read_bytes())
         if data["format"] > FORMAT:
             raise RunError(f"{path} has format {data['format']}, this moclip reads {FORMAT}; upgrade moclip")
+        classes = data["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise TypeError("classes are no names")
+        if len(set(classes)) < len(classes):
+            raise TypeError("a class is there twice")
         run = Run(
             path=path,
             kind=str(data["kind"]),
-            classes=tuple(data["classes"]),
+            classes=tuple(classes),
             split=str(data["split"]),
             split_digest=str(data["split_digest"]),
             features={name: FeatureSpec.from_json(spec) for name, spec in data["features"].items()},
             config=dict(data["config"]),
         )
+        if not isinstance(run.config["split"], str | None):
+            raise TypeError("split is no name")
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is not a moclip run: its config.json is missing or incomplete ({error!r})") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}/config.json is not JSON ({error}); train the run again") from error
     if run.kind not in KINDS or (kind is not None and run.kind != kind):
         raise RunError(f"{path} is a run of kind {run.kind!r}; expected {kind or ' or '.join(KINDS)}")
@@ -152,7 +185,7 @@ class RunWriter:
     """Writes a run while it is trained. Each file appears whole; ``metrics.json`` comes last.
 
     An unfinished run that was told the same is gone on with; one that was told something else is left alone, by a
-    :class:`RunError` that says what differs.
+    :class:`RunError` that says what differs. Until the ``with`` block ends no other process may write there.
     """
 
     def __init__(
@@ -171,9 +204,18 @@ class RunWriter:
         }
         _check_free(self.path, _json(about))
         self._lock = _lock(self.path)
+        _check_free(self.path, _json(about))  # another process may have finished it in between
+        self._chosen_on_test = bool(getattr(config, "strict_reference", False))
         trained = sorted({*split.train.ids, *split.val.ids})
         write_atomic(self.path / "config.json", _json(about))
         write_atomic(self.path / "trained_on.parquet", parquet_bytes(pa.table({"id": pa.array(trained, pa.string())})))
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
 
     def keep(self, state: State, history: Sequence[EpochRow]) -> None:
         text = io.StringIO(newline="")
@@ -217,12 +259,14 @@ class RunWriter:
         write_atomic(self.path / "metrics.json", _json({"kind": self.kind, **about, "test": asdict(test.metrics)}))
         (self.path / _CHECKPOINT).unlink(missing_ok=True)
         (self.path / _LOCK).unlink(missing_ok=True)
-        os.close(self._lock)
 
     def finish(self, fitted: Fitted, test: Evaluation, card: ModelCard) -> TrainResult:
-        self.write_test(test, best=asdict(fitted.best), card=asdict(card))
+        chosen_on = "test" if self._chosen_on_test else "val"
+        if fitted.best.val_top1 is None:
+            chosen_on = "none"
+        self.write_test(test, best=asdict(fitted.best), chosen_on=chosen_on, card=asdict(card))
         seconds = sum(row.seconds for row in fitted.history)
-        return TrainResult(self.path, self.kind, test.metrics, fitted.best, seconds, card)
+        return TrainResult(self.path, self.kind, test.metrics, fitted.best, chosen_on, seconds, card)
 
 
 def write_evaluation(run: Run, found: Evaluation) -> None:
@@ -251,17 +295,19 @@ def _check_free(out: Path, about: bytes) -> None:
             )
 
 
-def _lock(out: Path) -> int:
+def _lock(out: Path) -> int | None:
     """Make the directory this process's own until the file is closed, or the process ends; :class:`RunError` while
-    another process trains there.
+    another process trains there. None on a file system without locks.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = os.open(out / _LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
         os.close(file)
-        raise RunError(f"another process is training {out}; wait for it, or give another --out") from error
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise RunError(f"another process is training {out}; wait for it, or give another --out") from error
+        return None
     for torn in out.glob(".*.tmp"):
         torn.unlink()
     return file

@@ -39,7 +39,7 @@ class Training:
         if not all(0 < share < 1 for share in self.lr_drops):
             raise RunError(f"lr_drops is {self.lr_drops}; they are shares of the epochs, such as (0.4, 0.8)")
         for name in ("weight_decay", "patience", "seed"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise RunError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.val_fraction < 1:
             raise RunError(f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1")

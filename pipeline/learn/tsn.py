@@ -5,8 +5,9 @@ averaged.
 """
 
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from moclip.pipeline.learn.data import (
 from moclip.pipeline.learn.fit import Batch, OnEpoch, OnStep, fit, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, Augmented, pool, write_pooled
-from moclip.pipeline.learn.published import SHORT, long_enough, without_short
+from moclip.pipeline.learn.published import long_enough, without_short
 from moclip.pipeline.learn.recipes import configured
-from moclip.pipeline.learn.runs import FEATURES, Run, RunWriter, TrainResult, load_weights
+from moclip.pipeline.learn.runs import FEATURES, MOTION_KINDS, Run, RunWriter, TrainResult, load_weights
 from moclip.pipeline.learn.training import Training
 from moclip.pipeline.learn.views import BASE, Augmentation, fixed_views, random_views
 from moclip.pipeline.weights import hash_weights
@@ -74,8 +75,12 @@ class TSNConfig(Training):
         library, _, model = self.backbone.partition(":")
         if library != "timm" or not model:
             raise RunError(f"no backbone {self.backbone!r}; expected timm:<model>, such as timm:efficientnet_b0")
+        if model.startswith("hf-hub:"):
+            raise RunError(
+                f"{self.backbone} is fetched from a hub whenever the run is read; name a model of timm's own"
+            )
         for name in ("input_size", "segments", "stem_rate", "backbone_rate"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be positive")
         if not self.resize or min(self.resize) < BASE:
             raise RunError(f"resize is {self.resize}; crops need sides of {BASE} at least")
@@ -87,8 +92,15 @@ class TSNConfig(Training):
         return Augmentation(self.input_size, self.resize, self.mirror)
 
     def augmented(self, clips: int) -> Augmented | None:
-        """The views to pool of so many training clips."""
-        return Augmented(clips, self.views, self.seed, self.augmentation) if self.views else None
+        """The views to pool of so many training clips; the published fusion looks at clips itself."""
+        if not self.views or self.strict_reference:
+            return None
+        return Augmented(clips, self.views, self.seed, self.augmentation)
+
+    @property
+    def model(self) -> str:
+        """The backbone, by timm's name."""
+        return self.backbone.partition(":")[2]
 
     @property
     def from_scratch(self) -> bool:
@@ -164,53 +176,64 @@ def train_tsn(
     split = read_split(store, config.split, features=[] if strict else [feature], val_fraction=config.val_fraction)
     if strict:
         split = without_short(split, store, feature, config.segments, POOLED_SEGMENTS)
+    specs = {feature: store.features[feature]}
     with seeded(config.seed, deterministic=config.deterministic):
         model = MotionTSN(_backbone(config), len(split.classes)).to(device)
-        writer = RunWriter(out, "tsn", config, split, {feature: store.features[feature]})
-        motion = Motion(store, feature, split.every.ids, device, missing_as_zeros=strict)
-        batches = _Batches(motion, split, config)
-        fitted = fit(
-            model,
-            torch.optim.Adam(_parameter_groups(model, config), eps=1e-3),
-            config,
-            train=batches.train,
-            val=batches.val if len(batches.judges) else None,
-            keeper=writer,
-            on_epoch=on_epoch,
-            on_step=on_step,
-        )
-        pooled = write_pooled(
-            writer.new_folder(FEATURES),
-            model.features,
-            motion,
-            size=config.input_size,
-            augmented=config.augmented(len(split.train)),
-            weights_sha256=hash_weights(model.state_dict()),
-        )
-        logits = _classify(model, pooled[-len(split.test) :])
-    test = score(
-        logits,
-        split.test,
-        split.classes,
-        split=split.name,
-        protocol=f"{POOLED_SEGMENTS}x1",
-        missing=split.missing,
-    )
-    return writer.finish(fitted, test, tsn_card(model, config.input_size, POOLED_SEGMENTS))
+        card = tsn_card(model.eval(), config.input_size, POOLED_SEGMENTS)
+        with RunWriter(out, "tsn", as_saved(config, store), split, specs) as writer:
+            motion = Motion(store, feature, split.every.ids, device, missing_as_zeros=strict)
+            batches = _Batches(motion, split, config)
+            fitted = fit(
+                model,
+                torch.optim.Adam(_parameter_groups(model, config), eps=1e-3),
+                config,
+                train=batches.train,
+                val=batches.val if len(batches.judges) else None,
+                keeper=writer,
+                on_epoch=on_epoch,
+                on_step=on_step,
+            )
+            pooled = write_pooled(
+                writer.new_folder(FEATURES),
+                model.features,
+                motion,
+                size=config.input_size,
+                augmented=config.augmented(len(split.train)),
+                weights_sha256=hash_weights(model.state_dict()),
+                on_clips=lambda n: on_step(config.epochs, f"pooling, {n} clips"),
+            )
+            logits = _classify(model, pooled[-len(split.test) :])
+            test = score(
+                logits,
+                split.test,
+                split.classes,
+                split=split.name,
+                protocol=f"{POOLED_SEGMENTS}x1",
+                missing=split.missing,
+            )
+            return writer.finish(fitted, test, card)
+
+
+def as_saved(config: TSNConfig, store: Store) -> TSNConfig:
+    """As a run keeps it: the feature by its full name."""
+    return replace(config, feature=store.resolve(config.feature))
 
 
 def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: int, device: str) -> Evaluation:
     """Test a run on the test side of a split with ``segments`` segments and 1 or 10 crops each."""
-    (feature,) = run.features
+    feature = run.feature(*MOTION_KINDS)
     run.check_features(store)
     config = configured(TSNConfig, "tsn", None, **run.config)
     strict = config.strict_reference
     found, names, missing = read_labelled(store, split, feature=None if strict else feature)
     if strict:
         found, short = long_enough(found, store, feature, segments)
-        missing |= {SHORT: short} if short else {}
+        missing |= short
     if not len(found):
-        raise RunError(f"no test clip of split {split!r} has {feature} that can be tested: {missing}")
+        why = ", ".join(f"{reason} {n}" for reason, n in missing.items())
+        raise RunError(
+            f"no test clip of split {split!r} has {feature} to test ({why}); extract it, or take another split"
+        )
     clips = by_name(found, names, run.classes)
     model = load_motion(run).eval().to(choose_device(device))
     motion = Motion(store, feature, clips.ids, choose_device(device), missing_as_zeros=strict)
@@ -275,11 +298,11 @@ def load_motion(run: Run) -> MotionTSN:
 
 def empty_motion(config: TSNConfig, classes: int) -> MotionTSN:
     """A network for weights to be put into."""
-    return MotionTSN(timm_backbone(config.backbone.partition(":")[2], pretrained=False), classes)
+    return MotionTSN(timm_backbone(config.model, pretrained=False), classes)
 
 
 def _backbone(config: TSNConfig) -> nn.Module:
-    model = config.backbone.partition(":")[2]
+    model = config.model
     file = None if config.from_scratch else config.weights
     try:
         backbone: nn.Module = timm_backbone(model, file, pretrained=not config.from_scratch)

@@ -7,7 +7,7 @@ the cosine.
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ def read_phrases(path: str | Path) -> dict[str, list[str]]:
         raise RunError(f"the phrases {path} cannot be read: {error}") from error
     phrases = {label: [words] if isinstance(words, str) else words for label, words in said.items()}
     for label, words in phrases.items():
-        if not isinstance(words, list) or not words or not all(isinstance(some, str) for some in words):
+        if not isinstance(words, list) or not words or not all(isinstance(some, str) and some for some in words):
             raise RunError(f'{path} has {words!r} for {label}; expected "words", or ["words", "other words"]')
     return phrases
 
@@ -97,30 +97,32 @@ def zeroshot(store_path: str | Path, config: ZeroShotConfig, *, out: str | Path 
     """
     store = open_store(store_path)
     name = store.resolve(config.feature)
-    encoder = _encoder_of(store, name, config.weights, str(choose_device(config.device)))
+    if unknown := sorted(set(config.phrases) - set(store.classes)):
+        raise RunError(
+            f"there are words for {', '.join(unknown)}, which the store does not have; "
+            f"write its classes as they are: {', '.join(store.classes)}"
+        )
     clips, classes, missing = read_labelled(store, config.split, feature=name)
-    if unknown := sorted(set(config.phrases) - set(classes)):
-        raise RunError(f"there are words for {', '.join(unknown)}; the classes are: {', '.join(classes)}")
-    writer = None
+    tested = config.split or EVERY
+    encoder = _encoder_of(store, name, config.weights, str(choose_device(config.device)))
+    text = torch.from_numpy(class_embeddings(encoder, classes, config.phrases))
+    found = _classified(store, name, clips, text, classes, tested, missing)
     if out is not None:
         nobody = clips.only(set())
-        split = Split(config.split or EVERY, classes, nobody, nobody, clips, missing, "")
-        writer = RunWriter(out, "zeroshot", config, split, {name: store.features[name]})
-    text = class_embeddings(encoder, classes, config.phrases)
-    found = _classified(store, name, clips, torch.from_numpy(text), classes, config.split or EVERY, missing)
-    if writer is not None:
-        writer.write_weights({_TEXT: torch.from_numpy(text)})
-        writer.write_test(found)
+        split = Split(tested, classes, nobody, nobody, clips, missing, "")
+        with RunWriter(out, "zeroshot", replace(config, feature=name), split, {name: store.features[name]}) as writer:
+            writer.write_weights({_TEXT: text})
+            writer.write_test(found)
     return found
 
 
 def evaluate_zeroshot(run: Run, store: Store, split: str | None) -> Evaluation:
     """Classify a store's embeddings by the text embeddings that a run holds; no encoder runs."""
-    (name,) = run.features
+    name = run.feature("embedding")
     run.check_features(store)
     found, names, missing = read_labelled(store, split, feature=name)
     clips = by_name(found, names, run.classes)
-    return _classified(store, name, clips, _text(run), run.classes, split or EVERY, missing)
+    return _classified(store, name, clips, _text(run, store, name), run.classes, split or EVERY, missing)
 
 
 def text_of(run: Run, store: Store, feature: str, classes: Sequence[str]) -> torch.Tensor:
@@ -133,12 +135,13 @@ def text_of(run: Run, store: Store, feature: str, classes: Sequence[str]) -> tor
     run.check_features(store)
     if lacking := sorted(set(classes) - set(run.classes)):
         raise RunError(f"{run.path} has no text of {', '.join(lacking)}; make it again on this store")
-    return _text(run)[[run.classes.index(name) for name in classes]]
+    return _text(run, store, feature)[[run.classes.index(name) for name in classes]]
 
 
-def _text(run: Run) -> torch.Tensor:
-    text = run.weights().get(_TEXT)
-    if text is None or text.ndim != 2 or len(text) != len(run.classes):
+def _text(run: Run, store: Store, feature: str) -> torch.Tensor:
+    text, some = run.weights().get(_TEXT), store.ids(feature)[:1]
+    size = store.read(feature, some[0]).shape[1] if some else 0
+    if text is None or text.dtype != torch.float32 or text.shape != (len(run.classes), size):
         raise RunError(f"{run.path}/model.safetensors does not hold a text embedding a class; make the run again")
     return text
 
@@ -152,6 +155,8 @@ def _classified(
     split: str,
     missing: Mapping[str, int],
 ) -> Evaluation:
+    if not len(clips):
+        raise RunError(f"no clip of split {split!r} has rows of {feature}; extract them, or take another split")
     rows = store.read_all(feature, clips.ids)
     images = torch.from_numpy(_normalised(np.stack([some.astype(np.float32).mean(0) for some in rows])))
     return score(100 * images @ text.T, clips, classes, split=split, protocol="zero-shot", missing=missing)

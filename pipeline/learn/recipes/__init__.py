@@ -16,6 +16,7 @@ from moclip.errors import RunError
 from moclip.pipeline.learn.training import Training
 
 Config = TypeVar("Config", bound=Training)
+_KINDS = ("tsn", "fusion", "probe")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -53,11 +54,16 @@ def _table(recipe: str, kind: str) -> Mapping[str, Any]:
         path = Path(recipe)
         if not path.is_file():
             raise RunError(f"no recipe {recipe!r}; there are {', '.join(recipe_names())}, or give the path of a file")
-        text = path.read_text()
+        text = path.read_bytes().decode(errors="replace")
     try:
-        table = tomllib.loads(text).get(kind)
+        tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RunError(f"{recipe} is not TOML: {error}") from error
+    if unknown := sorted(set(tables) - set(_KINDS)):
+        raise RunError(
+            f"{recipe} has {', '.join(unknown)}; expected tables of the kinds of training: {', '.join(_KINDS)}"
+        )
+    table = tables.get(kind)
     if not isinstance(table, dict):
         raise RunError(f"{recipe} says nothing of {kind}; expected a table [{kind}]")
     return table
