@@ -239,7 +239,7 @@ class TestEmbed:
     def test_no_images_is_said(self, store, encoder):
         with pytest.raises(FeatureError, match="motion holds no images"):
             embed(store, encoder, images="motion")
-        with pytest.raises(FeatureError, match="--feature nothing"):
+        with pytest.raises(FeatureError, match=r"'nothing' is not there in .*, which has: .*image, motion; name one"):
             embed(store, encoder, images="nothing")
         with pytest.raises(SourceError, match="cannot name a feature"):
             embed(store, encoder, rename="Not good")

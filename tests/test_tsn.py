@@ -206,12 +206,11 @@ class Killed(Exception):
     pass
 
 
-def test_a_network_that_was_killed_ends_as_if_it_never_was(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_that_was_killed_ends_as_if_it_never_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a run writes: BatchNorm, Adam and dropout come back from its checkpoint."""
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
-    config = replace(FAST, epochs=3)
+    store = write_store(tmp_path / "s.zarr", corpus(4))
+    config = replace(FAST, epochs=3, views=0)
     whole = train_tsn(store, tmp_path / "whole", config)
 
     def killed(row: EpochRow) -> None:
