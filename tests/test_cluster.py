@@ -313,10 +313,11 @@ def ssh_server(folder):
     user.write_public_key(folder / "key.pub")
 
     async def handle(process):
+        # No standard input: a command that ends before it is connected would end the whole connection.
         child = await asyncio.create_subprocess_shell(
-            process.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            process.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        await process.redirect(child.stdin, child.stdout, child.stderr)
+        await process.redirect(stdout=child.stdout, stderr=child.stderr)
         process.exit(await child.wait())
 
     async def serve():
