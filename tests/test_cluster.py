@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -312,13 +312,18 @@ def ssh_server(folder):
     user.write_private_key(folder / "key")
     user.write_public_key(folder / "key.pub")
 
+    async def copy(source, target):
+        while data := await source.read(65536):
+            target.write(data)
+
     async def handle(process):
-        # No standard input: a command that ends before it is connected would end the whole connection.
         child = await asyncio.create_subprocess_shell(
             process.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        await process.redirect(stdout=child.stdout, stderr=child.stderr)
-        process.exit(await child.wait())
+        with suppress(BrokenPipeError):  # the client may leave first
+            # All of the output, then the end: writing to a channel that was ended would end the whole connection.
+            await asyncio.gather(copy(child.stdout, process.stdout), copy(child.stderr, process.stderr))
+            process.exit(await child.wait())
 
     async def serve():
         server = await asyncssh.listen(
