@@ -33,6 +33,8 @@ class ClipFeatures:
 
     def mean_image(self) -> torch.Tensor:
         """(n, E)."""
+        if self.images.shape[1] == 1:
+            return self.images[:, 0]
         there = self.there[..., None]
         return (self.images * there).sum(1) / there.sum(1)
 
