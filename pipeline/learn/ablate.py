@@ -125,7 +125,7 @@ def ablate(
             for cell in table:
                 name = f"split {split}, seed {seed}, {cell.name}"
                 on_run(name, None)
-                run = _Run(store_path, folder, cell, ablation, split, seed, partial(on_run, name))
+                run = _Run(store_path, store, folder, cell, ablation, split, seed, partial(on_run, name))
                 found[cell.name][split, seed] = run.result()
     rows = [
         Row(
@@ -162,7 +162,8 @@ def _digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    store: str | Path
+    store_path: str | Path
+    store: Store
     folder: Path
     cell: Cell
     ablation: Ablation
@@ -174,11 +175,11 @@ class _Run:
         """The test metrics, of a training that is made now or was made before."""
         if self.cell.kind == "average":
             return self._average()
-        config, path, store = self._config(), self.folder / self.cell.name, open_store(self.store)
-        saved: Any = tsn_as_saved(config, store) if self.cell.kind == "tsn" else as_saved(config, store, path)
+        config, path = self._config(), self.folder / self.cell.name
+        saved: Any = tsn_as_saved(config, self.store) if self.cell.kind == "tsn" else as_saved(config, self.store, path)
         if not finished_as(path, saved):
             train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[self.cell.kind]
-            train(self.store, path, config, on_epoch=self.on_epoch)
+            train(self.store_path, path, config, on_epoch=self.on_epoch)
         test: Mapping[str, Any] = json.loads((path / "metrics.json").read_bytes())["test"]
         return test
 
