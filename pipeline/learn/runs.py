@@ -282,11 +282,11 @@ def _check_free(out: Path, about: bytes) -> None:
     """Refuse a directory that holds anything but an unfinished run of just this."""
     if out.exists() and (not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir())):
         try:
-            finished = load_run(out).finished
+            what = "is a finished run" if load_run(out).finished else ""
         except RunError:
-            finished = True
-        if finished:
-            raise RunError(f"{out} exists and is not an unfinished run; give another --out, or remove it")
+            what = "exists and is no run"
+        if what:
+            raise RunError(f"{out} {what}; give another --out, or remove it")
         there = json.loads((out / "config.json").read_bytes())
         if differing := _differing(there, json.loads(about)):
             raise RunError(
