@@ -82,7 +82,7 @@ def test_clips_get_the_class_they_are_closest_to(clip: tuple[Encoder, Path], tmp
     assert (every.metrics.top1, every.metrics.clips, every.metrics.split) == (1.0, 24, "all")
     tested = zeroshot(path, ZeroShotConfig("1", weights=str(file)))
     assert (tested.metrics.top1, tested.metrics.clips) == (1.0, 8)
-    cosines = 100 * class_embeddings(encoder, CLASSES) @ texts["RedUp"]
+    cosines = (100 * class_embeddings(encoder, CLASSES) @ texts["RedUp"]).numpy()
     wanted = np.exp(cosines - cosines.max()) / np.exp(cosines - cosines.max()).sum()
     row = next(r for r in tested.predictions.to_pylist() if r["label"] == "RedUp")
     np.testing.assert_allclose(row["scores"], wanted, atol=5e-3)

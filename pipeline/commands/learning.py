@@ -1,7 +1,6 @@
 """Commands that train from a store, and test: train, evaluate, ablate, zeroshot."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +78,7 @@ def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
     from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
 
     config = configured(TSNConfig, "tsn", **_given({**options, "mirror": False if no_mirror else None}))
-    with _training_bar(config.epochs) as told:
-        result = train_tsn(store, out, config, **told)
-    _print_result(result)
+    _run(train_tsn, store, out, config)
 
 
 @train.command()
@@ -91,7 +88,7 @@ def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
 @_HEAD
 @click.option("--zeroshot-run", type=EXISTING, help="A run of `moclip zeroshot`, to add its scores to the head's.")
 @click.option("--feature", help="The embedding, where the store has several.")
-def fusion(store: str, out: Path, motion_run: Path, zeroshot_run: Path | None, **options: Any) -> None:
+def fusion(store: str, out: Path, **options: Any) -> None:
     """Train the late fusion of a frozen MV-TSN and the image embedding, both read as features.
 
     \b
@@ -101,12 +98,8 @@ def fusion(store: str, out: Path, motion_run: Path, zeroshot_run: Path | None, *
     from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
     from moclip.pipeline.learn.recipes import configured
 
-    if zeroshot_run is not None:
-        options["zeroshot_run"] = str(zeroshot_run)
-    config = configured(FusionConfig, "fusion", **_given(options), motion_run=str(motion_run))
-    with _training_bar(config.epochs) as told:
-        result = train_fusion(store, out, config, **told)
-    _print_result(result)
+    config = configured(FusionConfig, "fusion", **_given(options))
+    _run(train_fusion, store, out, config)
 
 
 @train.command()
@@ -125,21 +118,19 @@ def probe(store: str, out: Path, **options: Any) -> None:
     from moclip.pipeline.learn.recipes import configured
 
     config = configured(FusionConfig, "probe", **_given(options))
-    with _training_bar(config.epochs) as told:
-        result = train_probe(store, out, config, **told)
-    _print_result(result)
+    _run(train_probe, store, out, config)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What was said on the command line; the recipe has the rest."""
-    return {name: value for name, value in options.items() if value is not None}
+    """What was said on the command line, paths as text; the recipe has the rest."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
-@contextmanager
-def _training_bar(epochs: int) -> Iterator[dict[str, Any]]:
-    """What a training tells: where it is after each step, and how the last epoch did on the clips that judge it."""
+def _run(train: Callable[..., "TrainResult"], store: str, out: Path, config: Any) -> None:
+    """Train, with a bar that tells the last step and the accuracy on the validation clips, and print the result."""
     held_out = ""
-    with progress("train", epochs, "epoch {epoch}/{total} · {said}") as advance:
+    with progress("train", config.epochs, "epoch {epoch}/{total} · {said}") as advance:
 
         def on_step(epoch: int, how_far: str) -> None:
             advance(epoch - 1, epoch=epoch, said=f"{how_far}{held_out}")
@@ -150,7 +141,8 @@ def _training_bar(epochs: int) -> Iterator[dict[str, Any]]:
                 held_out = f" · last {100 * row.val_top1:.1f} %"
             advance(row.epoch, epoch=row.epoch, said=f"loss {row.train_loss:.3f}{held_out}")
 
-        yield {"on_epoch": on_epoch, "on_step": on_step}
+        result = train(store, out, config, on_epoch=on_epoch, on_step=on_step)
+    _print_result(result)
 
 
 def _print_result(result: "TrainResult") -> None:

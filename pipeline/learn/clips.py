@@ -70,6 +70,11 @@ class Split:
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
     @property
+    def positions(self) -> list[npt.NDArray[np.int64]]:
+        """Where the clips of train, val and test lie in :attr:`every`."""
+        return np.split(np.arange(len(self.every)), np.cumsum([len(self.train), len(self.val)]))
+
+    @property
     def every(self) -> Clips:
         parts = (self.train, self.val, self.test)
         return Clips(
@@ -118,22 +123,19 @@ def read_labelled(
     many are missing.
     """
     table = store.labels if split is None else split_table(store, split)
-    if split is not None:
-        table = table.filter(pc.equal(table["part"], "test"))
     table = table.filter(table["label"].is_valid())
-    if not len(table):
-        raise RunError(f"{store.url} has no labelled clip to test; label it with `moclip label STORE --csv FILE`")
-    targets, classes = _classes(store, table if split is None else split_table(store, split))
+    targets, classes = _classes(store, table)
+    clips = Clips(tuple(table["id"].to_pylist()), targets)
     if split is not None:
-        position = {name: i for i, name in enumerate(classes)}
-        targets = np.array([position[label] for label in table["label"].to_pylist()], np.int64)
-    ids = table["id"].to_pylist()
+        clips = clips.take(np.asarray(table["part"].to_pylist(), object) == "test")
+    if not len(clips):
+        raise RunError(f"{store.url} has no labelled clip to test; label it with `moclip label STORE --csv FILE`")
     if feature is None:
-        return Clips(tuple(ids), targets), tuple(classes), {}
+        return clips, tuple(classes), {}
     there = set(store.ids(feature))
-    missing = _count_missing(store, [feature], [video for video in ids if video not in there])
+    missing = _count_missing(store, [feature], [video for video in clips.ids if video not in there])
     _warn_of_missing(missing, [feature])
-    return Clips(tuple(ids), targets).only(there), tuple(classes), missing
+    return clips.only(there), tuple(classes), missing
 
 
 def has_rows(store: Store, feature: str, ids: Sequence[str]) -> npt.NDArray[np.bool_]:

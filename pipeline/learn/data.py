@@ -134,18 +134,14 @@ class Motion:
         self, parts: list[tuple[Ints, torch.Tensor, Geometry]], views: Views, size: int, *, mirror_bytes: bool = False
     ) -> torch.Tensor:
         """Fetched grids as network input: (n, segments, 2, size, size) float32, clip i under view i."""
-        out = None
-        for mine, grids, geometry in parts:
-            made = prepare(
-                grids.to(self.device), geometry, views.take(mine), size, self.scale, mirror_bytes=mirror_bytes
-            )
-            if len(parts) == 1:
-                return made
-            if out is None:
-                out = made.new_empty((sum(len(m) for m, _, _ in parts), *made.shape[1:]))
-            out[torch.from_numpy(mine).to(self.device)] = made
-        assert out is not None
-        return out
+        made = [
+            prepare(grids.to(self.device), geometry, views.take(mine), size, self.scale, mirror_bytes=mirror_bytes)
+            for mine, grids, geometry in parts
+        ]
+        if len(made) == 1:
+            return made[0]
+        order = np.argsort(np.concatenate([mine for mine, _, _ in parts]))
+        return torch.cat(made)[torch.from_numpy(order).to(self.device)]
 
     def _geometries(self, there: list[str]) -> tuple[Ints, list[Geometry]]:
         """Each video's geometry as a position in a list: its grid's shape and its frame's size in pixels.
@@ -179,7 +175,7 @@ class Motion:
             return _Block(geometry, None)
         shape = (int(self.frames[mine].sum()), 2, geometry.gh, geometry.gw)
         rows = torch.empty(shape, dtype=torch.int16, device=self.device)
-        for some in np.split(mine, range(_READ_VIDEOS, len(mine), _READ_VIDEOS)):
+        for some in batched(mine, _READ_VIDEOS):
             read = np.concatenate(self.store.read_all(self.feature, self.ids[some].tolist()))
             start = int(self._offset[some[0]])
             rows[start : start + len(read)] = torch.from_numpy(read)
@@ -197,6 +193,11 @@ def ahead(makers: Iterable[Any], make: Any) -> Iterator[Any]:
             pending = following
         if pending is not None:
             yield pending.result()
+
+
+def batched(positions: Ints, size: int) -> list[Ints]:
+    """Positions in their order, in batches of at most ``size``."""
+    return np.split(positions, range(size, len(positions), size))
 
 
 def shuffled(n: int, batch: int, rng: np.random.Generator) -> list[Ints]:

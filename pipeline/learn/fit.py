@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 
 from moclip.errors import RunError
 from moclip.pipeline.learn.training import Training
@@ -116,15 +117,13 @@ def fit(
         good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
         return RunError(f"{what} no number; {good}; lower the lr ({lr:g}) and give another --out, or remove this one")
 
-    rates = [group["initial_lr"] for group in _with_initial_rates(optimizer)]
+    schedule = LambdaLR(optimizer, lambda done: 0.1 ** sum(done >= m for m in config.milestones), len(history) - 1)
     saved_at = time.monotonic()
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         if best and config.patience and epoch - best.epoch > config.patience:
             break
         started = time.perf_counter()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * 0.1 ** sum(epoch > milestone for milestone in config.milestones)
         lr = float(optimizer.param_groups[0]["lr"])
         model.train()
         total, seen = 0.0, 0
@@ -142,6 +141,7 @@ def fit(
                 total, seen = total + value * clips, seen + len(targets)
             optimizer.step()
             on_step(epoch, f"{seen} clips · loss {total / seen:.3f}")
+        schedule.step()
 
         val_loss, val_top1 = validate(model, val()) if val else (None, None)
         if not _is_finite(model.state_dict()) or (val_loss is not None and not math.isfinite(val_loss)):
@@ -173,13 +173,6 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     left = iter(batches)
     while group := list(islice(left, size)):
         yield group
-
-
-def _with_initial_rates(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """The optimizer's groups; each remembers the rate that it began with, in its snapshots too."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return optimizer.param_groups
 
 
 def _copied(state: State) -> State:

@@ -17,7 +17,7 @@ from torch import nn
 from moclip.errors import RunError
 from moclip.pipeline.learn.card import ModelCard, head_card
 from moclip.pipeline.learn.clips import Clips, Split, read_labelled, read_split
-from moclip.pipeline.learn.data import Ints, Motion, choose_device, shuffled
+from moclip.pipeline.learn.data import Ints, Motion, batched, choose_device, shuffled
 from moclip.pipeline.learn.fit import Batch, OnEpoch, OnStep, fit, one_thread, seeded
 from moclip.pipeline.learn.frozen import FRAMES, Features, Images, MotionSource, PooledMotion
 from moclip.pipeline.learn.heads import HEADS, READS_SEGMENTS, WithZeroShot, make_head
@@ -146,14 +146,12 @@ def _train(
         text = text_of(load_run(config.zeroshot_run, kind="zeroshot"), store, sources.image, split.classes)
     card = _card(config, store, sources, features, len(split.classes))
     targets = torch.from_numpy(split.every.targets).to(device)
-    n_train, n_val = len(split.train), len(split.val)
-    judges = np.arange(n_train, n_train + n_val)
-    if strict:  # the epoch is chosen on test
-        judges = np.arange(n_train + n_val, len(split.every))
+    _, held_out, tested = split.positions
+    judges = tested if strict else held_out  # as published, the epoch is chosen on test
 
     def train(epoch: int) -> Iterator[Batch]:
         rng = np.random.default_rng([config.seed, epoch])
-        for videos in shuffled(n_train, config.batch, rng):
+        for videos in shuffled(len(split.train), config.batch, rng):
             yield features.sample(videos, rng), targets[torch.from_numpy(videos).to(device)]
 
     def val() -> Iterator[Batch]:
@@ -180,7 +178,7 @@ def _train(
             on_epoch=on_epoch,
             on_step=on_step,
         )
-        logits = _predict(model, features, np.arange(n_train + n_val, len(split.every)))
+        logits = _predict(model, features, tested)
         test = score(logits, split.test, split.classes, split=split.name, protocol="pooled", missing=split.missing)
         return writer.finish(fitted, test, card)
 
@@ -314,7 +312,7 @@ def _split_with_pooled(split: Split, motion: Store) -> Split:
             f"the motion run {Path(motion.url).parent} has no features of this split's test clips, "
             "or of all training clips of a class; train it again"
         )
-    return Split(split.name, split.classes, train, val, test, missing, split.digest)
+    return replace(split, train=train, val=val, test=test, missing=missing)
 
 
 def _predict(model: nn.Module, features: Features, videos: Ints) -> torch.Tensor:
@@ -327,4 +325,4 @@ def _predict(model: nn.Module, features: Features, videos: Ints) -> torch.Tensor
 def _together(videos: Ints, as_pictures: bool) -> list[Ints]:
     """Videos in parts that go through a model at once."""
     most = _PICTURES_TOGETHER if as_pictures else _TOGETHER
-    return np.split(videos, range(most, len(videos), most))
+    return batched(videos, most)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moclip.pipeline.learn.data import Ints, Motion, ahead, middle_indices, random_indices
+from moclip.pipeline.learn.data import Ints, Motion, ahead, batched, middle_indices, random_indices
 from moclip.pipeline.learn.views import Augmentation, fixed_views, random_views
 from moclip.store import FeatureSpec, ShardWriter, SourceFacts, add_feature, create_store, publish
 
@@ -46,9 +46,7 @@ def pool(
     Features are averaged over crops; logits are linear in them, so averaging here averages logits.
     With ``strict_reference`` mirror images are mirrored half of the time, and their bytes are.
     """
-    together = max(1, 2 * _IMAGES // (segments * crops))
-    everyone = np.arange(len(motion.ids))
-    chunks = np.split(everyone, range(together, len(everyone), together))
+    batches = batched(np.arange(len(motion.ids)), max(1, 2 * _IMAGES // (segments * crops)))
 
     def fetch(videos: Ints) -> Any:
         frames = motion.before_i_frames(videos, middle_indices(motion.frames[videos], segments))
@@ -56,7 +54,7 @@ def pool(
 
     rng = np.random.default_rng(0)
     with torch.inference_mode():
-        for videos, frames, parts in ahead(chunks, fetch):
+        for videos, frames, parts in ahead(batches, fetch):
             views = fixed_views(len(videos), size, crops)
             if strict_reference:
                 views = replace(views, mirror=views.mirror & torch.from_numpy(rng.random(len(views)) < 0.5))
@@ -72,8 +70,7 @@ def pool_views(features: Features, motion: Motion, augmented: Augmented) -> Iter
     rng = np.random.default_rng([augmented.seed, augmented.views])
     views, clips, how = augmented.views, augmented.clips, augmented.how
     rows = views * VIEW_SEGMENTS
-    together = max(1, 2 * _IMAGES // rows)
-    chunks = np.split(np.arange(clips), range(together, clips, together))
+    batches = batched(np.arange(clips), max(1, 2 * _IMAGES // rows))
 
     def fetch(videos: Ints) -> Any:
         often = np.repeat(videos, views)
@@ -81,7 +78,7 @@ def pool_views(features: Features, motion: Motion, augmented: Augmented) -> Iter
         return videos, frames, random_views(len(often), how, rng), motion.fetch(often, frames)
 
     with torch.inference_mode():
-        for videos, frames, shown, parts in ahead(chunks, fetch):
+        for videos, frames, shown, parts in ahead(batches, fetch):
             images = motion.prepared(parts, shown, how.size).flatten(0, 1)
             pooled = torch.cat([features(some) for some in torch.split(images, _IMAGES)])
             yield videos, frames.reshape(len(videos), rows), pooled.view(len(videos), rows, -1).cpu()

@@ -230,9 +230,8 @@ class RunWriter:
 
     def save(self, snapshot: Snapshot) -> None:
         self.keep(snapshot.best_state, snapshot.history)
-        data = {field.name: getattr(snapshot, field.name) for field in fields(Snapshot)}
         written = io.BytesIO()
-        torch.save({**data, "history": [asdict(row) for row in snapshot.history]}, written)
+        torch.save({**vars(snapshot), "history": [asdict(row) for row in snapshot.history]}, written)
         write_atomic(self.path / _CHECKPOINT, written.getvalue())
 
     def saved(self) -> Snapshot | None:

@@ -23,6 +23,7 @@ from moclip.pipeline.learn.data import (
     Ints,
     Motion,
     ahead,
+    batched,
     choose_device,
     middle_indices,
     random_indices,
@@ -251,11 +252,9 @@ class _Batches:
         self.motion, self.config = motion, config
         self.targets = torch.from_numpy(split.every.targets).to(motion.device)
         self.n_train = len(split.train)
-        first, last = self.n_train, self.n_train + len(split.val)
-        if config.strict_reference:  # the epoch is chosen on test
-            first, last = last, len(split.every)
-        #: The clips that the epoch is chosen by.
-        self.judges = np.arange(first, last)
+        _, val, test = split.positions
+        #: The clips that the epoch is chosen by; as published, those of test.
+        self.judges = test if config.strict_reference else val
 
     def train(self, epoch: int) -> Iterator[Batch]:
         config, motion = self.config, self.motion
@@ -280,8 +279,7 @@ class _Batches:
             frames = middle_indices(motion.frames[videos], config.segments)
             return videos, motion.fetch(videos, motion.before_i_frames(videos, frames))
 
-        chunks = np.split(self.judges, range(config.batch, len(self.judges), config.batch))
-        for videos, parts in ahead(chunks, fetch):
+        for videos, parts in ahead(batched(self.judges, config.batch), fetch):
             views = fixed_views(len(videos), config.input_size)
             yield motion.prepared(parts, views, config.input_size), self._targets(videos)
 
@@ -291,14 +289,10 @@ class _Batches:
 
 def load_motion(run: Run) -> MotionTSN:
     """The network of a run of kind tsn, with its weights, on the CPU."""
-    model = empty_motion(configured(TSNConfig, "tsn", None, **run.config), len(run.classes))
+    config = configured(TSNConfig, "tsn", None, **run.config)
+    model = MotionTSN(timm_backbone(config.model, pretrained=False), len(run.classes))
     load_weights(model, run)
     return model
-
-
-def empty_motion(config: TSNConfig, classes: int) -> MotionTSN:
-    """A network for weights to be put into."""
-    return MotionTSN(timm_backbone(config.model, pretrained=False), classes)
 
 
 def _backbone(config: TSNConfig) -> nn.Module:

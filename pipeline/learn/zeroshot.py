@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch.nn.functional import normalize
 
 from moclip.errors import RunError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
@@ -66,13 +65,12 @@ def read_phrases(path: str | Path) -> dict[str, list[str]]:
 
 def class_embeddings(
     encoder: Encoder, classes: Sequence[str], phrases: Mapping[str, Sequence[str]] | None = None
-) -> npt.NDArray[np.float32]:
+) -> torch.Tensor:
     """One unit vector a class, (classes, dim): the mean over templates and phrases, then normalised."""
     of_class = [(phrases or {}).get(name, [phrase(name)]) for name in classes]
     texts = [[template.format(words) for words in some for template in TEMPLATES] for some in of_class]
-    rows = encoder.encode_text([text for some in texts for text in some])
-    cuts = np.cumsum([len(some) for some in texts])[:-1]
-    return _normalised(np.stack([part.mean(0) for part in np.split(rows, cuts)]))
+    rows = torch.from_numpy(encoder.encode_text([text for some in texts for text in some]))
+    return normalize(torch.stack([part.mean(0) for part in torch.split(rows, [len(some) for some in texts])]))
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def zeroshot(store_path: str | Path, config: ZeroShotConfig, *, out: str | Path 
     clips, classes, missing = read_labelled(store, config.split, feature=name)
     tested = config.split or EVERY
     encoder = _encoder_of(store, name, config.weights, str(choose_device(config.device)))
-    text = torch.from_numpy(class_embeddings(encoder, classes, config.phrases))
+    text = class_embeddings(encoder, classes, config.phrases)
     found = _classified(store, name, clips, text, classes, tested, missing)
     if out is not None:
         nobody = clips.only(set())
@@ -158,7 +156,7 @@ def _classified(
     if not len(clips):
         raise RunError(f"no clip of split {split!r} has rows of {feature}; extract them, or take another split")
     rows = store.read_all(feature, clips.ids)
-    images = torch.from_numpy(_normalised(np.stack([some.astype(np.float32).mean(0) for some in rows])))
+    images = normalize(torch.stack([torch.from_numpy(some).float().mean(0) for some in rows]))
     return score(100 * images @ text.T, clips, classes, split=split, protocol="zero-shot", missing=missing)
 
 
@@ -174,7 +172,3 @@ def _encoder_of(store: Store, feature: str, weights: str | None, device: str) ->
             f"{weights or made_by} ({encoder.weights_sha256[:8]}); give the same file with --weights"
         )
     return encoder
-
-
-def _normalised(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12), np.float32)
