@@ -36,12 +36,14 @@ from moclip.pipeline.learn.card import ModelCard
 from moclip.pipeline.learn.clips import read_split
 from moclip.pipeline.learn.data import Motion, random_indices, shuffled
 from moclip.pipeline.learn.fit import EpochRow, Fitted, fit
-from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
+from moclip.pipeline.learn.fusion import train_fusion
+from moclip.pipeline.learn.fusion_model import FusionConfig
 from moclip.pipeline.learn.heads import mlp
 from moclip.pipeline.learn.metrics import score
+from moclip.pipeline.learn.network import MotionTSN
 from moclip.pipeline.learn.pooled import POOLED, write_pooled
 from moclip.pipeline.learn.runs import FEATURES, RunWriter
-from moclip.pipeline.learn.tsn import MotionTSN, TSNConfig, _Batches
+from moclip.pipeline.learn.tsn import TSNConfig, _Batches
 from moclip.pipeline.learn.views import Augmentation, random_views
 from moclip.store import (
     FeatureSpec,

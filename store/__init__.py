@@ -15,7 +15,7 @@ from moclip.store.fold import Fold, FoldReport
 from moclip.store.parquet import parquet_bytes
 from moclip.store.reader import Store, open_store
 from moclip.store.receipts import Entry, Receipt, list_receipts, write_receipt
-from moclip.store.schema import FORMAT, SPLIT_PREFIX, FeatureSpec, SourceFacts
+from moclip.store.schema import EXTRACTED, FORMAT, SPLIT_PREFIX, FeatureSpec, SourceFacts
 from moclip.store.tables import (
     add_feature,
     check_place,
@@ -30,6 +30,7 @@ from moclip.store.tables import (
 from moclip.store.writer import ShardWriter, VideoRows
 
 __all__ = [
+    "EXTRACTED",
     "FORMAT",
     "SPLIT_PREFIX",
     "Comparison",

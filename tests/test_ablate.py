@@ -58,8 +58,8 @@ def test_a_table_that_was_interrupted_is_gone_on_with(store: Path, tmp_path: Pat
     names = [row.cell for row in rows]
     assert names == [
         "motion", "image-random-linear", "image-random-mlp", "image-middle-linear", "image-middle-mlp",
-        "image-all-linear", "image-all-mlp", "image-all-attention", "score-average", "fused-mlp", "fused-linear",
-        "fused-gated", "fused-attention", "fused-cross-attention",
+        "image-all-linear", "image-all-mlp", "image-all-attention", "score-average", "fused-middle-mlp", "fused-mlp",
+        "fused-linear", "fused-gated", "fused-attention", "fused-cross-attention",
     ]  # fmt: skip
     by_name = {row.cell: row for row in rows}
     assert all(set(row.top1) == {("1", 0), ("2", 0)} for row in rows)
@@ -96,6 +96,8 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, [*command[:5], "x", *command[6:]]).exit_code == 2
     with pytest.raises(RunError, match=r"expected kind\.name=value"):
         replace(ABLATION, settings=("epochs=3",))
+    with pytest.raises(RunError, match="lrr"):
+        ablate(store, tmp_path / "b", replace(ABLATION, settings=("fusion.lrr=1",)), lambda *_: pytest.fail("trained"))
     for own in ("fusion.head=gated", "probe.frames=all", "tsn.seed=3", "probe.feature=x"):
         with pytest.raises(RunError, match="is what the table varies"):
             replace(ABLATION, settings=(own,))

@@ -7,7 +7,7 @@ from torch import nn
 from moclip.errors import EncoderError
 from moclip.pipeline.backbones import image_tower, timm_backbone
 from moclip.pipeline.learn.card import count_macs, head_card, tsn_card
-from moclip.pipeline.learn.tsn import MotionTSN
+from moclip.pipeline.learn.network import MotionTSN
 
 CLIP = "open_clip:ViT-B-32-quickgelu/openai"
 

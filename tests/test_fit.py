@@ -140,6 +140,8 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_model() -> None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RunError, match=r"batch 2, the loss \(nan\) is no number; the model of epoch 1 is kept"):
         fit(model, optimizer, CONFIG, train=some, val=lambda: [good], keeper=kept)
+    with pytest.raises(RunError, match=r"epoch 2, batch 2, the loss"):  # batches, not steps
+        fit(model, optimizer, replace(CONFIG, accumulate=2), train=some, val=None, keeper=Kept())
     assert len(kept.history) == 1
     assert all(value.isfinite().all() for value in kept.state.values())
 

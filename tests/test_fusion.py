@@ -14,7 +14,8 @@ from synthetic import CLASSES, Clip, corpus, embedding_spec, write_store
 from moclip.errors import FeatureError, RunError
 from moclip.pipeline.learn.evaluate import evaluate_run
 from moclip.pipeline.learn.frozen import FRAMES, Features, Images, PooledMotion
-from moclip.pipeline.learn.fusion import FusionConfig, train_fusion, train_probe
+from moclip.pipeline.learn.fusion import train_fusion, train_probe
+from moclip.pipeline.learn.fusion_model import FusionConfig
 from moclip.pipeline.learn.heads import HEADS
 from moclip.pipeline.learn.runs import load_run
 from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
@@ -63,8 +64,21 @@ def test_evaluation_finds_what_training_found(store: Path, motion_run: Path, tmp
     probe = train_probe(store, tmp_path / "probe", config)
     for result in (fusion, probe):
         assert evaluate_run(result.run, store).metrics == result.test
-    with pytest.raises(RunError, match="has no protocol"):
-        evaluate_run(fusion.run, store, protocol="25x1")
+    with pytest.raises(RunError, match="is a probe: it sees images alone and has no protocol 25x1"):
+        evaluate_run(probe.run, store, protocol="25x1")
+
+
+@pytest.mark.parametrize("head", ["mlp", "cross-attention"])
+def test_a_fusion_is_tested_at_any_protocol(head: str, store: Path, motion_run: Path, tmp_path: Path) -> None:
+    """With the segments that were pooled it says what it says without; others come from the network."""
+    fusion = train_fusion(store, tmp_path / "fusion", replace(HEAD, epochs=5, head=head, motion_run=str(motion_run)))
+    pooled, same, other = (evaluate_run(fusion.run, store, protocol=protocol) for protocol in (None, "25x1", "2x10"))
+    assert (same.metrics.protocol, other.metrics.protocol) == ("25x1", "2x10")
+    assert same.predictions["id"] == pooled.predictions["id"]
+    mine, theirs, another = (np.array(x.predictions["scores"].to_pylist()) for x in (same, pooled, other))
+    np.testing.assert_allclose(mine, theirs, atol=2e-3)
+    assert np.abs(another - mine).max() > 1e-4
+    assert same.metrics.missing == {"without motion-accumulated": 1}
 
 
 def test_another_splits_training_clips_are_warned_of(
@@ -112,8 +126,11 @@ def test_runs_move_together_and_a_motion_run_that_was_trained_again_is_noticed(
     assert again.metrics.confusion == found.confusion
     shutil.rmtree(tmp_path / "there" / "tsn")
     train_tsn(store, tmp_path / "there" / "tsn", replace(TSN, epochs=1, seed=5))
-    with pytest.raises(RunError, match="another specification"):
+    with pytest.raises(RunError, match="another specification under that name; train the MV-TSN that it comes from"):
         evaluate_run(tmp_path / "there" / "fusion", store)
+    other = write_store(tmp_path / "other.zarr", corpus(3), embedding=embedding_spec(weights_sha256="e" * 64))
+    with pytest.raises(RunError, match=r"other.zarr holds another .*; extract it into a store of its own"):
+        evaluate_run(tmp_path / "there" / "fusion", other)
 
 
 def test_another_embedding_under_the_same_name_is_refused(store: Path, tmp_path: Path) -> None:
@@ -171,12 +188,17 @@ def test_the_published_fusion_lets_a_frozen_network_drift(store: Path, tmp_path:
     result = train_fusion(store, tmp_path / "run", config)
     assert files_of(motion) == before
     assert result.chosen_on == "test"
-    assert (result.test.clips, result.test.missing) == (10, {"fewer frames than segments": 1})
+    assert (result.test.clips, result.test.missing) == (10, {"no more frames than segments": 1})
     was, now = load_file(motion / "model.safetensors"), load_file(result.run / "model.safetensors")
     moved = {name for name in was if not torch.equal(was[name], now[f"motion.{name}"])}
     statistics = {name for name in was if "running_" in name or "num_batches" in name}
     assert moved == statistics != set()
-    assert evaluate_run(result.run, store).metrics == result.test
+    found = evaluate_run(result.run, store)
+    assert found.metrics == result.test
+    again = evaluate_run(result.run, store, protocol="25x1").predictions
+    scores = [np.array(table["scores"].to_pylist()) for table in (found.predictions, again)]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    assert evaluate_run(result.run, store, protocol="26x1").metrics.missing == {"no more frames than segments": 10}
 
     probe = replace(config, motion_run=None)
     assert train_probe(store, tmp_path / "probe", probe).test.clips == 11

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from moclip.errors import RunError
 from moclip.pipeline.learn import data
-from moclip.pipeline.learn.clips import read_split
+from moclip.pipeline.learn.clips import read_labelled, read_split
 from moclip.pipeline.learn.data import Motion, ahead, choose_device, middle_indices, random_indices, shuffled
 from moclip.pipeline.learn.views import (
     Augmentation,
@@ -262,8 +262,19 @@ class TestSplits:
             read_split(open_store(path), "9", features=["embedding"])
         untrained = [clip for clip in clips if clip.label != "RedUp" or clip.splits == {"1": "test", "2": "test"}]
         label(path, untrained)
-        with pytest.raises(RunError, match="no training clip of: RedUp"):
+        with pytest.raises(RunError, match=r"no training clip of: RedUp; .*`moclip extract SOURCE .*s`"):
             self.split(path)
+        label(path, [replace(clip, splits={"1": "test"}) for clip in clips])
+        with pytest.raises(RunError, match="split '1' has no train clip among the labelled videos"):
+            self.split(path)
+        label(
+            path,
+            [*(replace(clip, splits={"1": "train"}) for clip in clips), Clip("gone", "RedUp", None, {"2": "test"})],
+        )
+        with pytest.raises(RunError, match="split '2' has no train clip among"):
+            read_split(open_store(path), "2", features=["embedding"])
+        with pytest.raises(RunError, match="no labelled clip to test in split '1'"):
+            read_labelled(open_store(path), "1", feature=None)
         label(path, [clip for clip in clips if clip.splits == {"1": "train", "2": "train"}])
         with pytest.raises(RunError, match="no test clip"):
             self.split(path)

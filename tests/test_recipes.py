@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moclip.errors import RunError
-from moclip.pipeline.learn.fusion import FusionConfig
+from moclip.pipeline.learn.fusion_model import FusionConfig
 from moclip.pipeline.learn.recipes import configured, recipe_names
 from moclip.pipeline.learn.tsn import TSNConfig
 

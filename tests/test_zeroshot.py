@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from synthetic import CLASSES, Clip, corpus, embedding_spec, tiny_clip, write_store
+from synthetic import CLASSES, Clip, corpus, embedding_spec, motion_spec, tiny_clip, write_store
 
 from moclip.errors import RunError
 from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
 from moclip.pipeline.learn.evaluate import evaluate_run
-from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
+from moclip.pipeline.learn.fusion import train_fusion
+from moclip.pipeline.learn.fusion_model import FusionConfig
 from moclip.pipeline.learn.runs import load_run
 from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
 from moclip.pipeline.learn.zeroshot import (
@@ -24,7 +25,7 @@ from moclip.pipeline.learn.zeroshot import (
     text_of,
     zeroshot,
 )
-from moclip.store import open_store
+from moclip.store import add_feature, create_store, open_store, publish
 
 torch.set_num_threads(1)
 
@@ -144,7 +145,10 @@ def test_a_run_keeps_the_texts_and_fusion_adds_its_scores(clip: tuple[Encoder, P
         assert alone.test.top1 < 0.9 < added.test.top1
         assert added.card.trainable == alone.card.trainable
         assert evaluate_run(added.run, path).metrics == added.test
-        other = write_store(tmp_path / "other.zarr", corpus(3))
+        other = tmp_path / "other.zarr"
+        create_store(other)
+        add_feature(other, "motion-accumulated", motion_spec())
+        publish(other)
         with pytest.raises(RunError, match=r"`moclip extract SOURCE .* --feature embedding --encoder open_clip:moclip"):
             evaluate_run(run.path, other)
         with pytest.raises(RunError, match="has no text of Sideways; make it again"):

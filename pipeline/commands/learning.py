@@ -95,7 +95,8 @@ def fusion(store: str, out: Path, **options: Any) -> None:
     Example:
       moclip train fusion ucf101.zarr --split 1 --motion-run runs/tsn --out runs/fusion
     """
-    from moclip.pipeline.learn.fusion import FusionConfig, train_fusion
+    from moclip.pipeline.learn.fusion import train_fusion
+    from moclip.pipeline.learn.fusion_model import FusionConfig
     from moclip.pipeline.learn.recipes import configured
 
     config = configured(FusionConfig, "fusion", **_given(options))
@@ -114,7 +115,8 @@ def probe(store: str, out: Path, **options: Any) -> None:
     Example:
       moclip train probe ucf101.zarr --split 1 --out runs/probe
     """
-    from moclip.pipeline.learn.fusion import FusionConfig, train_probe
+    from moclip.pipeline.learn.fusion import train_probe
+    from moclip.pipeline.learn.fusion_model import FusionConfig
     from moclip.pipeline.learn.recipes import configured
 
     config = configured(FusionConfig, "probe", **_given(options))

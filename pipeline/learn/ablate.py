@@ -22,22 +22,26 @@ import torch
 from moclip.errors import RunError
 from moclip.pipeline.learn.clips import Clips, split_table
 from moclip.pipeline.learn.fit import EpochRow
-from moclip.pipeline.learn.fusion import FusionConfig, as_saved, train_fusion, train_probe
+from moclip.pipeline.learn.fusion import as_saved, train_fusion, train_probe
+from moclip.pipeline.learn.fusion_model import FusionConfig
 from moclip.pipeline.learn.metrics import score
 from moclip.pipeline.learn.recipes import configured
-from moclip.pipeline.learn.runs import finished_as
+from moclip.pipeline.learn.runs import finished_as, load_run
 from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
 from moclip.pipeline.learn.tsn import as_saved as tsn_as_saved
 from moclip.store import Store, open_store, write_atomic
 
 MOTION, AVERAGE = "motion", "score-average"
-#: Image-only controls: head and frames. Where a clip has one stored frame, only those of the middle one differ.
+#: Image-only controls: head and frames. Where every clip has one stored frame, there are only those of the middle one.
 _PROBES = (
     ("linear", "random"), ("mlp", "random"), ("linear", "middle"), ("mlp", "middle"),
     ("linear", "all"), ("mlp", "all"), ("attention", "all"),
 )  # fmt: skip
-_FUSIONS = ("mlp", "linear", "gated", "attention", "cross-attention")
-
+#: Fusions: the same. That of one frame is the published one.
+_FUSIONS = (
+    ("mlp", "middle"), ("mlp", "all"), ("linear", "all"), ("gated", "all"), ("attention", "all"),
+    ("cross-attention", "all"),
+)  # fmt: skip
 
 #: What a setting cannot say: the rows, or the command's own options, say it.
 _OWN = ("split", "seed", "device", "head", "frames", "motion_run", "zeroshot_run")
@@ -104,7 +108,11 @@ def cells(store: Store, feature: str) -> list[Cell]:
         for head, frames in _PROBES
         if several or frames == "middle"
     ]
-    fusions = [Cell(f"fused-{head}", "fusion", {"head": head}) for head in _FUSIONS]
+    fusions = [
+        Cell(f"fused-{'' if frames == 'all' else frames + '-'}{head}", "fusion", {"head": head, "frames": frames})
+        for head, frames in _FUSIONS
+        if several or frames == "all"
+    ]
     return [Cell(MOTION, "tsn"), *probes, Cell(AVERAGE, "average"), *fusions]
 
 
@@ -116,8 +124,11 @@ def ablate(
     ``on_run`` is told of every run when it begins, and of its epochs.
     """
     store, out = open_store(store_path), Path(out)
-    _claim(out, store, ablation)
     table = cells(store, ablation.feature)
+    for cell in table:  # a value that there is not shows before anything is trained
+        if cell.kind != "average":
+            _Run(store_path, store, out, cell, ablation, ablation.splits[0], 0, lambda _: None).config()
+    _claim(out, store, ablation)
     found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {cell.name: {} for cell in table}
     for split in ablation.splits:
         for seed in ablation.seeds:
@@ -175,7 +186,7 @@ class _Run:
         """The test metrics, of a training that is made now or was made before."""
         if self.cell.kind == "average":
             return self._average()
-        config, path = self._config(), self.folder / self.cell.name
+        config, path = self.config(), self.folder / self.cell.name
         saved: Any = tsn_as_saved(config, self.store) if self.cell.kind == "tsn" else as_saved(config, self.store, path)
         if not finished_as(path, saved):
             train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[self.cell.kind]
@@ -183,7 +194,8 @@ class _Run:
         test: Mapping[str, Any] = json.loads((path / "metrics.json").read_bytes())["test"]
         return test
 
-    def _config(self) -> Any:
+    def config(self) -> Any:
+        """The configuration of its training; :class:`RunError` if a value is none."""
         ablation, kind = self.ablation, self.cell.kind
         if kind == "tsn":
             return ablation.config(TSNConfig, kind, self.split, self.seed)
@@ -195,8 +207,7 @@ class _Run:
         """The mean of the probabilities that the motion-only and the image-only model give."""
         image = "image-all-mlp" if (self.folder / "image-all-mlp").exists() else "image-middle-mlp"
         motion, probe = (pq.read_table(self.folder / name / "predictions.parquet") for name in (MOTION, image))
-        config = json.loads((self.folder / MOTION / "config.json").read_bytes())
-        return _averaged(motion, probe, config["classes"], self.split)
+        return _averaged(motion, probe, load_run(self.folder / MOTION).classes, self.split)
 
 
 def _averaged(motion: Any, image: Any, classes: Sequence[str], split: str) -> Mapping[str, Any]:
@@ -210,7 +221,7 @@ def _averaged(motion: Any, image: Any, classes: Sequence[str], split: str) -> Ma
 
 
 def markdown(rows: Sequence[Row]) -> Iterator[str]:
-    """The table in words: mean ± standard deviation of top-1 in percent, and every run.
+    """The table as Markdown: mean ± standard deviation of top-1 in percent, and every run.
 
     A clip without one of the features is in some rows and not in others; then the table says so.
     """

@@ -48,11 +48,11 @@ class ModelCard:
 
     @property
     def gmac(self) -> float:
-        """Multiply-accumulates a clip, in thousand millions."""
+        """Giga multiply-accumulates (10⁹) a clip."""
         return sum(part.times * part.macs for part in self.parts) / 1e9
 
     def lines(self) -> list[str]:
-        """The card in words."""
+        """The card as lines of text."""
         shares = [f"{part.times} × {part.name} {part.macs / 1e9:.3g}" for part in self.parts]
         unknown = "".join(f"; without {name}, which is not known here" for name in self.unknown)
         return [
@@ -126,7 +126,7 @@ def count_macs(call: Callable[[], Any]) -> int:
 
 
 def _on_meta(model: str) -> nn.Module:
-    """A motion network without data."""
+    """The backbone on torch's ``meta`` device; the BatchNorm of its data and its classifier are not counted."""
     with torch.device("meta"):
         network: nn.Module = timm_backbone(model, pretrained=False, in_chans=2)
     return network

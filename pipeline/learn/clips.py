@@ -86,14 +86,19 @@ class Split:
 def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction: float = 0.15) -> Split:
     """The clips of ``split_<name>`` that have rows of all ``features``.
 
-    The part to select on is ``val``, where the table names one, else ``val_fraction`` of train in whole
-    groups (a clip without a group is one of its own); 0 holds nothing out, and leaves out what the table names val. No
-    ``features`` need none. :class:`RunError`
+    ``val`` is what the table names val; else ``val_fraction`` of train, in whole groups (a clip without a group is
+    one of its own). With 0 nothing is held out, and what the table names val is left out. Empty ``features``: no
+    feature is required. :class:`RunError`
     if the split, its train or test side, or a class's training clips are not there.
     """
     table = split_table(store, name)
     labels, classes = _classes(store, table)
     parts = np.asarray(table["part"].to_pylist(), object)
+    for part in ("train", "test"):
+        if not (parts == part).any():
+            raise RunError(
+                f"split {name!r} has no {part} clip among the labelled videos of {store.url}; check its file"
+            )
     if not val_fraction:
         parts[parts == "val"] = "unused"
     elif not (parts == "val").any():
@@ -110,9 +115,13 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     sides = {part: clips.take(parts == part).only(there) for part in ("train", "val", "test")}
     for part in ("train", "test"):
         if not len(sides[part]):
-            rows = f" with rows of {' and '.join(features)}" if features else ""
-            raise RunError(f"split {name!r} has no {part} clip{rows}")
-    _check_trained(classes, sides["train"], name)
+            raise RunError(
+                f"split {name!r} has no {part} clip with rows of {' and '.join(features)}; {_extract(store)}"
+            )
+    untrained = np.setdiff1d(np.arange(len(classes)), sides["train"].targets)
+    if len(untrained):
+        names = ", ".join(classes[i] for i in untrained)
+        raise RunError(f"split {name!r} has no training clip of: {names}; label some as train, or {_extract(store)}")
     return Split(name, tuple(classes), sides["train"], sides["val"], sides["test"], missing, digest)
 
 
@@ -129,7 +138,10 @@ def read_labelled(
     if split is not None:
         clips = clips.take(np.asarray(table["part"].to_pylist(), object) == "test")
     if not len(clips):
-        raise RunError(f"{store.url} has no labelled clip to test; label it with `moclip label STORE --csv FILE`")
+        where = f" in split {split!r}" if split is not None else ""
+        raise RunError(
+            f"{store.url} has no labelled clip to test{where}; label it with `moclip label {store.url} --csv FILE`"
+        )
     if feature is None:
         return clips, tuple(classes), {}
     there = set(store.ids(feature))
@@ -217,8 +229,6 @@ def _warn_of_missing(counted: Mapping[str, int], features: Sequence[str]) -> Non
         log.warning("%d labelled clips have no rows of %s and are left out: %s", sum(counted.values()), names, why)
 
 
-def _check_trained(classes: list[str], train: Clips, name: str) -> None:
-    untrained = np.setdiff1d(np.arange(len(classes)), train.targets)
-    if len(untrained):
-        names = ", ".join(classes[i] for i in untrained)
-        raise RunError(f"split {name!r} has no training clip of: {names}; relabel, or extract their clips")
+def _extract(store: Store) -> str:
+    """How to come by rows that are missing: a second run of an extraction makes what is not there."""
+    return f"extract what is missing: `moclip extract SOURCE {store.url}` with the features as before"

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from moclip.errors import RunError
@@ -15,6 +15,8 @@ from moclip.pipeline.learn.zeroshot import evaluate_zeroshot
 from moclip.store import open_store
 
 log = logging.getLogger(__name__)
+
+_EXPECTED = "expected SEGMENTSxCROPS with 1, 2, 5 or 10 crops, such as 25x10"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.segments < 1 or self.crops not in CROPS:
-            raise RunError(f"no protocol {self}; expected SEGMENTSxCROPS with 1, 2, 5 or 10 crops, such as 25x10")
+            raise RunError(f"no protocol {self}; {_EXPECTED}")
 
     def __str__(self) -> str:
         return f"{self.segments}x{self.crops}"
@@ -38,7 +40,7 @@ class Protocol:
     def parse(cls, text: str) -> "Protocol":
         match = re.fullmatch(r"(\d+)x(\d+)", text)
         if match is None:
-            raise RunError(f"no protocol {text!r}; expected SEGMENTSxCROPS with 1, 2, 5 or 10 crops, such as 25x10")
+            raise RunError(f"no protocol {text!r}; {_EXPECTED}")
         return cls(int(match[1]), int(match[2]))
 
 
@@ -52,23 +54,26 @@ def evaluate_run(
 ) -> Evaluation:
     """Test a run on the test side of ``split`` (its own if None), and keep what is found in the run.
 
-    ``protocol`` (25x1 if None) is for runs of kind tsn; fusion and probe see all pooled features.
+    Without ``protocol`` an MV-TSN is tested by 25x1, and a fusion by what that pooled. A probe and a zero-shot run see
+    images alone, and have none.
     """
     loaded = load_run(run)
     if not loaded.finished:
-        raise RunError(f"{loaded.path} is unfinished: it has no metrics.json; train it again")
+        if not loaded.has_weights:
+            raise RunError(f"{loaded.path} is unfinished, and no epoch's model is there; train it again")
+        log.warning("%s is unfinished: this tests the best of its epochs so far", loaded.path)
     store = open_store(store_path)
-    if protocol is not None and loaded.kind != "tsn":
-        raise RunError(f"{loaded.path} is a {loaded.kind}: it reads finished features and has no protocol {protocol}")
+    asked = Protocol.parse(protocol) if protocol else None
+    if asked and loaded.kind not in ("tsn", "fusion"):
+        raise RunError(f"{loaded.path} is a {loaded.kind}: it sees images alone and has no protocol {protocol}")
     if loaded.kind == "zeroshot":
         found = evaluate_zeroshot(loaded, store, split or loaded.config.get("split"))
     elif loaded.kind == "tsn":
-        views = Protocol.parse(protocol) if protocol else Protocol()
-        found = evaluate_tsn(
-            loaded, store, split or loaded.split, segments=views.segments, crops=views.crops, device=device
-        )
+        segments, crops = astuple(asked or Protocol())
+        found = evaluate_tsn(loaded, store, split or loaded.split, segments=segments, crops=crops, device=device)
     else:
-        found = evaluate_head(loaded, store, split or loaded.split, device=device)
+        views = astuple(asked) if asked else None
+        found = evaluate_head(loaded, store, split or loaded.split, protocol=views, device=device)
     _warn_of_overlap(loaded, found)
     write_evaluation(loaded, found)
     return found

@@ -114,7 +114,7 @@ def fit(
         """Keep what was good before."""
         if best:
             keeper.keep(best_state, history)
-        good = f"the model of epoch {best.epoch} is kept" if best else "no epoch was finished"
+        good = f"the model of epoch {best.epoch} is kept, and can be evaluated" if best else "no epoch was finished"
         return RunError(f"{what} no number; {good}; lower the lr ({lr:g}) and give another --out, or remove this one")
 
     schedule = LambdaLR(optimizer, lambda done: 0.1 ** sum(done >= m for m in config.milestones), len(history) - 1)
@@ -127,10 +127,12 @@ def fit(
         lr = float(optimizer.param_groups[0]["lr"])
         model.train()
         total, seen = 0.0, 0
-        for number, batches in enumerate(_groups(train(epoch), config.accumulate), start=1):
+        number = 0
+        for batches in _groups(train(epoch), config.accumulate):
             clips = sum(len(targets) for _, targets in batches)
             optimizer.zero_grad(set_to_none=True)
             for inputs, targets in batches:
+                number += 1
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
                     logits = model(inputs)
                 loss = cross_entropy(logits.float(), targets, reduction="sum") / clips
@@ -148,7 +150,7 @@ def fit(
             raise no_number(f"after epoch {epoch} the weights, or the loss on what is held out, are")
         row = EpochRow(epoch, total / seen, val_loss, val_top1, time.perf_counter() - started, lr)
         history.append(row)
-        if best is None or _beats(row, best):
+        if best is None or _beats(row, best, first_of_equals=config.strict_reference):
             best = row
             best_state = _copied(model.state_dict())
         if epoch == config.epochs or time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
@@ -203,9 +205,12 @@ def validate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
     return total / seen, right / seen
 
 
-def _beats(row: EpochRow, best: EpochRow) -> bool:
+def _beats(row: EpochRow, best: EpochRow, *, first_of_equals: bool) -> bool:
+    """Whether to choose ``row`` over ``best``: by accuracy, then by loss or (as published) by which came first."""
     if row.val_loss is None or row.val_top1 is None or best.val_loss is None or best.val_top1 is None:
         return True
+    if first_of_equals:
+        return row.val_top1 > best.val_top1
     return (row.val_top1, -row.val_loss) > (best.val_top1, -best.val_loss)
 
 

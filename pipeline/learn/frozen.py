@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from moclip.errors import RunError
+from moclip.pipeline.learn.clips import has_rows
 from moclip.pipeline.learn.data import RESIDENT_SHARE, Ints, free_bytes
 from moclip.pipeline.learn.heads import ClipFeatures
 from moclip.pipeline.learn.pooled import POOLED, POOLED_SEGMENTS, POOLED_VIEWS, VIEW_SEGMENTS
@@ -54,7 +55,7 @@ class Features:
 class Images:
     """The rows of an embedding for some videos; ``frames`` is one of :data:`FRAMES`. ``size`` is E.
 
-    With ``missing_as_zeros`` a video without rows has one of zeros, as the published code has it.
+    ``as_published``, a video without rows has one of zeros, and a random frame is the same in every epoch.
     """
 
     def __init__(
@@ -66,12 +67,11 @@ class Images:
         *,
         frames: str = "all",
         seed: int = 0,
-        missing_as_zeros: bool = False,
+        as_published: bool = False,
     ) -> None:
-        self.device, self._frames = device, frames
-        known = set(store.ids(feature)) if missing_as_zeros else set(ids)
-        there = np.array([video in known for video in ids], bool)
-        present = [video for video in ids if video in known]
+        self.device, self._frames, self._fixed = device, frames, as_published
+        there = has_rows(store, feature, ids) if as_published else np.ones(len(ids), bool)
+        present = np.asarray(ids, object)[there].tolist()
         if not present:
             raise RunError(f"no clip of this split has rows of {feature}")
         self._count = np.ones(len(ids), np.int64)
@@ -100,7 +100,7 @@ class Images:
             if self._frames == "middle":
                 which = count // 2
             else:
-                which = self._own[videos] if rng is None else rng.integers(count)
+                which = self._own[videos] if rng is None or self._fixed else rng.integers(count)
             which = which[:, None]
             there = np.ones_like(which, bool)
         images = _picked(self.rows, self._start[videos][:, None] + which).to(self.device).float()

@@ -1,68 +1,41 @@
-"""Fusion of motion and image, and the image-only probe that controls it (MoCLIP-Lite, arXiv 2509.17084).
+"""Training and testing a fusion of motion and image, and the image-only probe that controls it (MoCLIP-Lite, arXiv
+2509.17084).
 
-Both are one small network on frozen features: the motion side's come pooled from an MV-TSN's run, the image
-side's from the store. No convolutional network runs here, but to repeat a defect of the published code.
+Both are one small network on frozen features: the motion side's come pooled from an MV-TSN's run, the image side's from
+the store. No convolutional network runs here, but with ``strict_reference`` and where a test asks for other segments.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from moclip.errors import RunError
-from moclip.pipeline.learn.card import ModelCard, head_card
 from moclip.pipeline.learn.clips import Clips, Split, read_labelled, read_split
-from moclip.pipeline.learn.data import Ints, Motion, batched, choose_device, shuffled
+from moclip.pipeline.learn.data import choose_device, shuffled
 from moclip.pipeline.learn.fit import Batch, OnEpoch, OnStep, fit, one_thread, seeded
-from moclip.pipeline.learn.frozen import FRAMES, Features, Images, MotionSource, PooledMotion
-from moclip.pipeline.learn.heads import HEADS, READS_SEGMENTS, WithZeroShot, make_head
+from moclip.pipeline.learn.fusion_model import (
+    FusionConfig,
+    card_of,
+    features_of,
+    model_of,
+    pooled_of,
+    predict,
+    predict_at,
+    sources_of,
+    test_batches,
+)
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED, POOLED_SEGMENTS
-from moclip.pipeline.learn.published import DriftingFusion, Pictures, long_enough, without_short
+from moclip.pipeline.learn.published import long_enough, without_short
 from moclip.pipeline.learn.recipes import configured
-from moclip.pipeline.learn.runs import FEATURES, MOTION_KINDS, Run, RunWriter, TrainResult, load_run, load_weights
-from moclip.pipeline.learn.training import Training
-from moclip.pipeline.learn.tsn import MotionTSN, TSNConfig, load_motion
+from moclip.pipeline.learn.runs import Run, RunWriter, TrainResult, load_run, load_weights
 from moclip.pipeline.learn.zeroshot import text_of
 from moclip.store import Store, open_store
-
-#: Clips in one forward pass without gradients.
-_TOGETHER = 1024
-#: The same where each clip is 25 pictures.
-_PICTURES_TOGETHER = 8
-
-
-@dataclass(frozen=True)
-class FusionConfig(Training):
-    """How to train a fusion head or, without ``motion_run``, the image-only probe.
-
-    In training, ``segments`` rows of a clip's pooled motion are drawn for each epoch, from its augmented views where
-    the run has them; evaluation sees all rows of the plain view. ``head`` is one of :data:`HEADS`, ``frames`` of
-    :data:`FRAMES`. The paper's learning rate suits its corpora of thousands of clips: 100 epochs of a few hundred are
-    some hundred steps. With ``zeroshot_run`` the scores by the classes' names are added to the head's.
-    """
-
-    motion_run: str | None = None
-    zeroshot_run: str | None = None
-    feature: str = "embedding"
-    head: str = "mlp"
-    frames: str = "all"
-    segments: int = 3
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.segments <= 0:
-            raise RunError(f"segments is {self.segments}; it must be positive")
-        for name, known in (("head", tuple(HEADS)), ("frames", FRAMES)):
-            if getattr(self, name) not in known:
-                raise RunError(f"no {name} {getattr(self, name)!r}; there are: {', '.join(known)}")
 
 
 def train_fusion(
@@ -97,36 +70,48 @@ def train_probe(
     return _train("probe", open_store(store_path), out, config, on_epoch, on_step)
 
 
-def evaluate_head(run: Run, store: Store, split: str, *, device: str) -> Evaluation:
-    """Test a fusion or a probe on the test side of a split."""
+def evaluate_head(
+    run: Run, store: Store, split: str, *, protocol: tuple[int, int] | None = None, device: str = "auto"
+) -> Evaluation:
+    """Test a fusion or a probe on the test side of a split, by what the motion run has pooled.
+
+    With ``protocol``, segments and crops (:data:`CROPS`), the motion network looks at so many instead.
+    """
     config = configured(FusionConfig, run.kind, None, **{**run.config, "feature": run.feature("embedding")})
     if config.motion_run is not None:
         config = replace(config, motion_run=str((run.path / config.motion_run).resolve()))
-    run.check_features(store, *_pooled_of(config))
-    sources = _sources(store, config)
     strict = config.strict_reference
+    run.check_features(store, *([] if strict else pooled_of(config)))
+    sources = sources_of(store, config, network=strict or protocol is not None)
     found, names, missing = read_labelled(store, split, feature=None if strict else sources.image)
     if sources.pooled is not None:
-        found, missing = _with_pooled(found, missing, sources.pooled)
-    if sources.network is not None:
-        found, short = long_enough(found, store, sources.motion_feature, POOLED_SEGMENTS)
+        found, missing = _only(found, missing, sources.pooled.ids(POOLED), "not in the motion run")
+    elif sources.network is not None and not strict:
+        found, missing = _only(found, missing, store.ids(sources.motion), f"without {sources.motion}")
+    elif sources.network is not None:
+        found, short = long_enough(found, store, sources.motion, protocol[0] if protocol else POOLED_SEGMENTS)
         missing |= short
     if not len(found):
         raise RunError(f"no test clip of split {split!r} has the features that {run.path} needs; extract them")
-    clips = by_name(found, names, run.classes)
-    features = _features(store, sources, clips.ids, (), config, choose_device(device))
+    clips, chosen = by_name(found, names, run.classes), choose_device(device)
+    features = features_of(store, sources, clips.ids, (), config, chosen)
     text = torch.zeros((len(run.classes), features.sizes[1])) if config.zeroshot_run else None
-    model = _model(config, features, len(run.classes), sources.network, text)
+    model = model_of(config, features.sizes, len(run.classes), sources, text)
     load_weights(model, run)
-    logits = _predict(model.to(features.device), features, np.arange(len(clips)))
-    return score(logits, clips, run.classes, split=split, protocol="pooled", missing=missing)
+    model.to(chosen)
+    if protocol is None:
+        logits = predict(model, features, sources, np.arange(len(clips)))
+    else:
+        logits = predict_at(model, features, sources, *protocol)
+    name = "pooled" if protocol is None else f"{protocol[0]}x{protocol[1]}"
+    return score(logits, clips, run.classes, split=split, protocol=name, missing=missing)
 
 
 def _train(
     kind: str, store: Store, out: str | Path, config: FusionConfig, on_epoch: OnEpoch, on_step: OnStep
 ) -> TrainResult:
-    sources = _sources(store, config)
     strict = config.strict_reference
+    sources = sources_of(store, config, network=strict)
     split = read_split(
         store, config.split, features=[] if strict else [sources.image], val_fraction=config.val_fraction
     )
@@ -137,14 +122,14 @@ def _train(
         split = _split_with_pooled(split, sources.pooled)
         specs[POOLED] = sources.pooled.features[POOLED]
     if sources.network is not None:
-        split = without_short(split, store, sources.motion_feature, config.segments, POOLED_SEGMENTS)
-        specs[sources.motion_feature] = store.features[sources.motion_feature]
+        split = without_short(split, store, sources.motion, config.segments, POOLED_SEGMENTS)
+        specs[sources.motion] = store.features[sources.motion]
     device = choose_device(config.device)
-    features = _features(store, sources, split.every.ids, split.train.ids, config, device)
+    features = features_of(store, sources, split.every.ids, split.train.ids, config, device)
     text = None
     if config.zeroshot_run is not None:
         text = text_of(load_run(config.zeroshot_run, kind="zeroshot"), store, sources.image, split.classes)
-    card = _card(config, store, sources, features, len(split.classes))
+    card = card_of(config, store, sources, features, len(split.classes))
     targets = torch.from_numpy(split.every.targets).to(device)
     _, held_out, tested = split.positions
     judges = tested if strict else held_out  # as published, the epoch is chosen on test
@@ -155,7 +140,7 @@ def _train(
             yield features.sample(videos, rng), targets[torch.from_numpy(videos).to(device)]
 
     def val() -> Iterator[Batch]:
-        for some in _together(judges, sources.network is not None):
+        for some in test_batches(judges, sources):
             yield features.whole(some, config.segments), targets[torch.from_numpy(some).to(device)]
 
     threads = one_thread() if sources.network is None else nullcontext()
@@ -165,7 +150,7 @@ def _train(
         seeded(config.seed, deterministic=config.deterministic),
         threads,
     ):
-        model = _model(config, features, len(split.classes), sources.network, text).to(device)
+        model = model_of(config, features.sizes, len(split.classes), sources, text).to(device)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fitted = fit(
             model,
@@ -178,93 +163,9 @@ def _train(
             on_epoch=on_epoch,
             on_step=on_step,
         )
-        logits = _predict(model, features, tested)
+        logits = predict(model, features, sources, tested)
         test = score(logits, split.test, split.classes, split=split.name, protocol="pooled", missing=split.missing)
         return writer.finish(fitted, test, card)
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """What a training reads: the full name of the embedding and, for a fusion, an MV-TSN's run with its configuration,
-    and its pooled features or (as published) its network.
-    """
-
-    image: str
-    run: Run | None = None
-    tsn: TSNConfig | None = None
-    pooled: Store | None = None
-    network: MotionTSN | None = None
-
-    @property
-    def motion_feature(self) -> str:
-        """The feature of the store that the network sees."""
-        assert self.run is not None
-        return self.run.feature(*MOTION_KINDS)
-
-
-def _sources(store: Store, config: FusionConfig) -> _Sources:
-    image = store.resolve(config.feature)
-    if store.features[image].kind != "embedding":
-        raise RunError(f"{image} is not an image embedding; name one with its full name, embedding-…")
-    if config.motion_run is None:
-        return _Sources(image)
-    run = load_run(config.motion_run, kind="tsn")
-    if not run.finished:
-        raise RunError(f"the motion run {run.path} is unfinished; train it again")
-    tsn = configured(TSNConfig, "tsn", None, **run.config)
-    if not config.strict_reference:
-        (pooled,) = _pooled_of(config)
-        return _Sources(image, run, tsn, pooled)
-    run.check_features(store)
-    return _Sources(image, run, tsn, network=load_motion(run))
-
-
-def _pooled_of(config: FusionConfig) -> list[Store]:
-    """The pooled features that a fusion reads: none, or those of one run."""
-    if config.motion_run is None or config.strict_reference:
-        return []
-    path = Path(config.motion_run) / FEATURES
-    if not path.exists():
-        raise RunError(f"the motion run {config.motion_run} is gone, or has no {FEATURES}; train it again")
-    return [open_store(path)]
-
-
-def _features(
-    store: Store,
-    sources: _Sources,
-    ids: Sequence[str],
-    trained: Sequence[str],
-    config: FusionConfig,
-    device: torch.device,
-) -> Features:
-    strict, segments = config.strict_reference, config.segments
-    images = Images(store, sources.image, ids, device, frames=config.frames, seed=config.seed, missing_as_zeros=strict)
-    motion: MotionSource | None = None
-    if sources.network is not None and sources.tsn is not None:
-        rows = Motion(store, sources.motion_feature, ids, device, missing_as_zeros=True)
-        motion = Pictures(rows, sources.tsn.augmentation, segments, sources.network.classifier.in_features)
-    elif sources.pooled is not None:
-        every_row = config.head in READS_SEGMENTS
-        motion = PooledMotion(sources.pooled, ids, trained, device, segments=segments, every_row=every_row)
-    return Features(images, motion)
-
-
-def _model(
-    config: FusionConfig, features: Features, classes: int, network: nn.Module | None, text: torch.Tensor | None
-) -> nn.Module:
-    """The head, with the scores of ``text`` added, and with the motion network in front where that is no constant."""
-    model = make_head(config.head, *features.sizes, classes)
-    if text is not None:
-        model = WithZeroShot(model, text)
-    return model if network is None else DriftingFusion(network, model)
-
-
-def _card(config: FusionConfig, store: Store, sources: _Sources, features: Features, classes: int) -> ModelCard:
-    motion = None
-    if sources.tsn is not None:
-        motion = (sources.tsn.model, sources.tsn.input_size, POOLED_SEGMENTS)
-    encoder, frames = str(store.features[sources.image].parameters.get("encoder")), features.images.most_frames
-    return head_card(config.head, features.sizes, classes, encoder=encoder, frames=frames, motion=motion)
 
 
 def as_saved(config: FusionConfig, store: Store, out: str | Path) -> FusionConfig:
@@ -296,33 +197,21 @@ def _check_motion_run(run: Run, split: Split, config: FusionConfig) -> None:
         )
 
 
-def _with_pooled(clips: Clips, missing: Mapping[str, int], motion: Store) -> tuple[Clips, dict[str, int]]:
-    """The clips that the motion run has pooled features of; the others are counted."""
-    kept = clips.only(set(motion.ids(POOLED)))
+def _only(clips: Clips, missing: Mapping[str, int], there: Iterable[str], why: str) -> tuple[Clips, dict[str, int]]:
+    """The clips that are ``there``; the others are counted as missing."""
+    kept = clips.only(set(there))
     lost = len(clips) - len(kept)
-    return kept, {**missing, **({"not in the motion run": lost} if lost else {})}
+    return kept, {**missing, **({why: lost} if lost else {})}
 
 
 def _split_with_pooled(split: Split, motion: Store) -> Split:
-    train, _ = _with_pooled(split.train, {}, motion)
-    val, _ = _with_pooled(split.val, {}, motion)
-    test, missing = _with_pooled(split.test, split.missing, motion)
+    there = motion.ids(POOLED)
+    train, _ = _only(split.train, {}, there, "")
+    val, _ = _only(split.val, {}, there, "")
+    test, missing = _only(split.test, split.missing, there, "not in the motion run")
     if not len(test) or len(set(train.targets.tolist())) < len(split.classes):
         raise RunError(
             f"the motion run {Path(motion.url).parent} has no features of this split's test clips, "
             "or of all training clips of a class; train it again"
         )
     return replace(split, train=train, val=val, test=test, missing=missing)
-
-
-def _predict(model: nn.Module, features: Features, videos: Ints) -> torch.Tensor:
-    model.eval()
-    with torch.inference_mode():
-        parts = _together(videos, isinstance(model, DriftingFusion))
-        return torch.cat([model(features.whole(some)) for some in parts])
-
-
-def _together(videos: Ints, as_pictures: bool) -> list[Ints]:
-    """Videos in parts that go through a model at once."""
-    most = _PICTURES_TOGETHER if as_pictures else _TOGETHER
-    return batched(videos, most)

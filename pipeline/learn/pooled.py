@@ -57,7 +57,8 @@ def pool(
         for videos, frames, parts in ahead(batches, fetch):
             views = fixed_views(len(videos), size, crops)
             if strict_reference:
-                views = replace(views, mirror=views.mirror & torch.from_numpy(rng.random(len(views)) < 0.5))
+                coins = np.repeat(rng.random(len(videos)) < 0.5, crops)  # one a clip
+                views = replace(views, mirror=views.mirror & torch.from_numpy(coins))
             images = motion.prepared(parts, views, size, mirror_bytes=strict_reference).flatten(0, 1)
             rows = torch.cat([features(some) for some in torch.split(images, _IMAGES)])
             yield videos, frames, rows.view(len(videos), crops, segments, -1).mean(1).cpu()

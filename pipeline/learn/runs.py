@@ -37,14 +37,17 @@ from moclip.pipeline.learn.card import ModelCard
 from moclip.pipeline.learn.clips import Split
 from moclip.pipeline.learn.fit import EpochRow, Fitted, Snapshot, State
 from moclip.pipeline.learn.metrics import Evaluation, Metrics
-from moclip.store import FeatureSpec, Store, parquet_bytes, write_atomic
+from moclip.store import EXTRACTED, FeatureSpec, Store, parquet_bytes, write_atomic
 
 FORMAT = 1
 KINDS = ("tsn", "fusion", "probe", "zeroshot")
 FEATURES = "features.zarr"
 MOTION_KINDS = ("motion", "motion-accumulated")
+_WEIGHTS = "model.safetensors"
 _CHECKPOINT = "checkpoint.pt"
 _LOCK = ".lock"
+#: Of ``config.json``: what may change while a training goes on. (A configuration is compared value by value.)
+_ANY = {"config", "device"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,9 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         try:
-            return dict(load_file(self.path / "model.safetensors"))
+            return dict(load_file(self.path / _WEIGHTS))
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.path}/model.safetensors cannot be read ({error}); train the run again") from error
+            raise RunError(f"{self.path / _WEIGHTS} cannot be read ({error}); train the run again") from error
 
     def trained_on(self) -> set[str]:
         """The ids of the clips that took part in training, those held out to choose the epoch included."""
@@ -100,30 +103,39 @@ class Run:
     def finished(self) -> bool:
         return (self.path / "metrics.json").exists()
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights of an epoch are there, be it that training has not ended."""
+        return (self.path / _WEIGHTS).exists()
+
     def check_features(self, *stores: Store) -> None:
         """Raise :class:`RunError` unless the features in ``stores`` mean what this run was trained on."""
         there = {name: spec for store in stores for name, spec in store.features.items()}
-        places = " and ".join(str(store.url) for store in stores)
         for name, trained in self.features.items():
             found = there.get(name)
             if found is None or found.digest != trained.digest:
                 what = "has no such feature" if found is None else "holds another specification under that name"
+                store = stores[0].url if trained.kind in EXTRACTED else stores[-1].url
                 raise RunError(
-                    f"{self.path} was trained on {name} ({trained.digest}), but {places} {what}; "
-                    f"{_remedy(name, trained, places)}, or train on this store"
+                    f"{self.path} was trained on {name} ({trained.digest}), but {store} {what}; "
+                    f"{_remedy(name, trained, store, another=found is not None)}, or train on this store"
                 )
 
 
-def _remedy(name: str, spec: FeatureSpec, store: str) -> str:
-    """How to come by a feature that is not there."""
-    if spec.kind in MOTION_KINDS:
-        how = f"--feature {spec.kind} --motion {spec.parameters.get('motion')} --cell {spec.parameters.get('cell')}"
-    elif spec.kind == "embedding":
-        parameters = spec.parameters
-        how = f"--feature embedding --encoder {parameters.get('encoder')} --frames {parameters.get('frames')}"
-    else:
+def _remedy(name: str, spec: FeatureSpec, store: str, *, another: bool) -> str:
+    """How to come by a feature that is not there, or (``another``) whose name is taken."""
+    if spec.kind not in EXTRACTED:
         return "train the MV-TSN that it comes from as it was"
-    return f"`moclip extract SOURCE {store} {how}` adds it"
+    if another:
+        return "extract it into a store of its own"
+    options = {
+        "feature": spec.kind,
+        "as": name if name != spec.kind and not name.startswith("embedding-") else None,
+        **spec.parameters,
+    }
+    named = ("feature", "motion", "cell", "stride", "encoder", "frames", "clip_seconds", "as")
+    asked = [f"--{key.replace('_', '-')} {options[key]}" for key in named if options.get(key) is not None]
+    return f"`moclip extract SOURCE {store} {' '.join(asked)}` adds it"
 
 
 def load_run(path: str | Path, *, kind: str | None = None) -> Run:
@@ -168,7 +180,7 @@ def load_weights(model: nn.Module, run: Run) -> None:
         model.load_state_dict(run.weights())
     except RuntimeError as error:
         raise RunError(
-            f"{run.path}/model.safetensors holds another network than its config.json says; train the run again"
+            f"{run.path / _WEIGHTS} holds another network than its config.json says; train the run again"
         ) from error
 
 
@@ -184,8 +196,8 @@ def finished_as(path: Path, config: Any) -> bool:
 class RunWriter:
     """Writes a run while it is trained. Each file appears whole; ``metrics.json`` comes last.
 
-    An unfinished run that was told the same is gone on with; one that was told something else is left alone, by a
-    :class:`RunError` that says what differs. Until the ``with`` block ends no other process may write there.
+    An unfinished run of the same configuration is resumed; one of another is left alone, by a :class:`RunError` that
+    says what differs. Until the ``with`` block ends no other process may write there.
     """
 
     def __init__(
@@ -226,7 +238,7 @@ class RunWriter:
         self.write_weights(state)
 
     def write_weights(self, state: State) -> None:
-        write_atomic(self.path / "model.safetensors", save({k: v.contiguous() for k, v in state.items()}))
+        write_atomic(self.path / _WEIGHTS, save({k: v.contiguous() for k, v in state.items()}))
 
     def save(self, snapshot: Snapshot) -> None:
         self.keep(snapshot.best_state, snapshot.history)
@@ -314,8 +326,8 @@ def _lock(out: Path) -> int | None:
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What differs between two ``config.json``, in words; empty if nothing does."""
-    old, new = ({**about, **about["config"], "config": None} for about in (there, here))
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    old, new = ({**about, **about["config"]} for about in (there, here))
+    names = [name for name in sorted({*old, *new} - _ANY) if old.get(name) != new.get(name)]
     return ", ".join(f"{name} is {_short(old.get(name))}, {_short(new.get(name))} was asked for" for name in names)
 
 

@@ -1,4 +1,5 @@
-"""MV-TSN: an image backbone that reads motion vectors (MoCLIP-Lite, arXiv 2509.17084, after CoViAR and TSN).
+"""Training and testing MV-TSN, an image backbone that reads motion vectors (MoCLIP-Lite, arXiv 2509.17084, after CoViAR
+and TSN).
 
 Accumulated motion vectors of a few segments of a clip go through one network; the segments' logits are
 averaged.
@@ -31,8 +32,9 @@ from moclip.pipeline.learn.data import (
 )
 from moclip.pipeline.learn.fit import Batch, OnEpoch, OnStep, fit, seeded
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
+from moclip.pipeline.learn.network import MotionTSN, stem_of
 from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, Augmented, pool, write_pooled
-from moclip.pipeline.learn.published import long_enough, without_short
+from moclip.pipeline.learn.published import long_enough, segment_views, without_short
 from moclip.pipeline.learn.recipes import configured
 from moclip.pipeline.learn.runs import FEATURES, MOTION_KINDS, Run, RunWriter, TrainResult, load_weights
 from moclip.pipeline.learn.training import Training
@@ -108,55 +110,6 @@ class TSNConfig(Training):
         return self.weights == "none"
 
 
-class MotionTSN(nn.Module):
-    """BatchNorm of the two motion channels, a 2-channel timm backbone, a linear classifier."""
-
-    def __init__(self, backbone: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.data_bn = nn.BatchNorm2d(2)
-        self.backbone = backbone
-        _make_two_channel(stem_of(backbone))
-        # Depthwise convolutions are about twice as fast in this layout, on CPUs and GPUs alike.
-        self.to(memory_format=torch.channels_last)
-        self.classifier = nn.Linear(_width(backbone), classes)
-        nn.init.normal_(self.classifier.weight, std=0.001)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """(n, segments, 2, S, S) to logits (n, classes), averaged over segments."""
-        features = self.features(clips.flatten(0, 1)).view(*clips.shape[:2], -1)
-        logits: torch.Tensor = self.classifier(features.mean(1))
-        return logits
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, 2, S, S) to the backbone's pooled features (n, D)."""
-        laid_out = images.contiguous(memory_format=torch.channels_last)
-        pooled: torch.Tensor = self.backbone(self.data_bn(laid_out))
-        return pooled
-
-
-def _width(backbone: Any) -> int:
-    """The size of the pooled features: some of timm's families widen them in the head."""
-    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
-
-
-def stem_of(backbone: Any) -> nn.Conv2d:
-    """A timm backbone's first convolution."""
-    first = backbone.pretrained_cfg.get("first_conv")
-    stem = backbone.get_submodule(first) if isinstance(first, str) else None
-    if not isinstance(stem, nn.Conv2d):
-        raise EncoderError("this backbone has no single first convolution to feed motion into; choose another")
-    return stem
-
-
-def _make_two_channel(stem: nn.Conv2d) -> None:
-    """Both motion channels start from the mean of the three colour filters."""
-    with torch.no_grad():
-        mean = stem.weight.mean(1, keepdim=True).repeat(1, 2, 1, 1)
-    stem.weight = nn.Parameter(mean)
-    stem.in_channels = 2
-
-
 def train_tsn(
     store_path: str | Path,
     out: str | Path,
@@ -221,7 +174,7 @@ def as_saved(config: TSNConfig, store: Store) -> TSNConfig:
 
 
 def evaluate_tsn(run: Run, store: Store, split: str, *, segments: int, crops: int, device: str) -> Evaluation:
-    """Test a run on the test side of a split with ``segments`` segments and 1 or 10 crops each."""
+    """Test a run on the test side of a split with ``segments`` segments and ``crops`` (:data:`CROPS`) crops of each."""
     feature = run.feature(*MOTION_KINDS)
     run.check_features(store)
     config = configured(TSNConfig, "tsn", None, **run.config)
@@ -262,10 +215,11 @@ class _Batches:
 
         def fetch(videos: Ints) -> Any:
             frames = random_indices(motion.frames[videos], config.segments, rng)
-            seen, frames = videos, motion.before_i_frames(videos, frames)
-            if config.strict_reference:  # every segment has a box of its own
-                seen, frames = np.repeat(videos, config.segments), frames.reshape(-1, 1)
-            return videos, motion.fetch(seen, frames), random_views(len(seen), config.augmentation, rng)
+            frames = motion.before_i_frames(videos, frames)
+            if not config.strict_reference:
+                return videos, motion.fetch(videos, frames), random_views(len(videos), config.augmentation, rng)
+            each, views = segment_views(videos, config.segments, config.augmentation, rng)
+            return videos, motion.fetch(each, frames.reshape(-1, 1)), views
 
         for videos, parts, views in ahead(shuffled(self.n_train, config.batch, rng), fetch):
             images = motion.prepared(parts, views, config.input_size, mirror_bytes=config.strict_reference)
@@ -308,7 +262,8 @@ def _backbone(config: TSNConfig) -> nn.Module:
 def _parameter_groups(model: MotionTSN, config: TSNConfig) -> list[dict[str, Any]]:
     """The recipe's learning rates: the classifier at ``lr``, stem and data BatchNorm and the rest at shares of it.
 
-    Biases do not decay. The published code computes as much and then lets everything decay.
+    Biases and the weights of normalisation do not decay. The published code computes as much and then lets everything
+    decay.
     """
     near = {id(p) for p in (*stem_of(model.backbone).parameters(), *model.data_bn.parameters())}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -316,7 +271,7 @@ def _parameter_groups(model: MotionTSN, config: TSNConfig) -> list[dict[str, Any
         share = config.stem_rate if id(parameter) in near else config.backbone_rate
         if name.startswith("classifier.") or config.from_scratch:
             share = 1.0
-        decays = config.strict_reference or not name.endswith("bias")
+        decays = config.strict_reference or parameter.ndim > 1
         groups.setdefault((config.lr * share, config.weight_decay * decays), []).append(parameter)
     # The classifier's comes first: its rate is the one that is reported.
     return [
