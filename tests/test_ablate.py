@@ -55,17 +55,17 @@ def test_a_table_that_was_interrupted_is_gone_on_with(store: Path, tmp_path: Pat
     assert len(finished) == 3
     assert not finished & set(trained)
 
-    names = [row.cell for row in rows]
+    names = [row.model for row in rows]
     assert names == [
         "motion", "image-random-linear", "image-random-mlp", "image-middle-linear", "image-middle-mlp",
         "image-all-linear", "image-all-mlp", "image-all-attention", "score-average", "fused-middle-mlp", "fused-mlp",
         "fused-linear", "fused-gated", "fused-attention", "fused-cross-attention",
     ]  # fmt: skip
-    by_name = {row.cell: row for row in rows}
-    assert all(set(row.top1) == {("1", 0), ("2", 0)} for row in rows)
+    by_name = {row.model: row for row in rows}
+    assert all(set(row.tests) == {("1", 0), ("2", 0)} for row in rows)
     run = tmp_path / "out" / "split-2" / "seed-0" / "fused-gated"
-    assert by_name["fused-gated"].top1["2", 0] == evaluate_run(run, store).metrics.top1
-    gated = list(by_name["fused-gated"].top1.values())
+    assert by_name["fused-gated"].tests["2", 0].top1 == evaluate_run(run, store).metrics.top1
+    gated = [test.top1 for test in by_name["fused-gated"].tests.values()]
     assert (by_name["fused-gated"].mean, by_name["fused-gated"].sd) == (statistics.mean(gated), statistics.stdev(gated))
     assert by_name["fused-mlp"].mean > max(by_name["motion"].mean, by_name["image-all-mlp"].mean)
     motion, image = (pq.read_table(run.parent / name / "predictions.parquet") for name in ("motion", "image-all-mlp"))
@@ -74,7 +74,7 @@ def test_a_table_that_was_interrupted_is_gone_on_with(store: Path, tmp_path: Pat
     classes = json.loads((run / "config.json").read_text())["classes"]
     called = [classes[i] for i in np.mean(scores, 0).argmax(1)]
     share = np.mean([a == b for a, b in zip(called, motion["label"].to_pylist(), strict=True)])
-    assert by_name["score-average"].top1["2", 0] == pytest.approx(share)
+    assert by_name["score-average"].tests["2", 0].top1 == pytest.approx(share)
 
     written = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
     assert len(written) == 2 * len(rows)

@@ -13,7 +13,7 @@ from synthetic import CLASSES, Clip, corpus, embedding_spec, write_store
 
 from moclip.errors import FeatureError, RunError
 from moclip.pipeline.learn.evaluate import evaluate_run
-from moclip.pipeline.learn.frozen import FRAMES, Features, Images, PooledMotion
+from moclip.pipeline.learn.frozen import FRAMES, Features, ImageEmbeddings, PooledMotion
 from moclip.pipeline.learn.fusion import train_fusion, train_probe
 from moclip.pipeline.learn.fusion_model import FusionConfig
 from moclip.pipeline.learn.heads import HEADS
@@ -245,7 +245,7 @@ class TestFeatures:
         frames: str = "all",
         seed: int = 0,
     ) -> Features:
-        images = Images(open_store(store), "embedding-invented", self.ids, CPU, frames=frames, seed=seed)
+        images = ImageEmbeddings(open_store(store), "embedding-invented", self.ids, CPU, frames=frames, seed=seed)
         if motion_run is None:
             return Features(images, None)
         pooled = open_store(motion_run / "features.zarr")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moclip.errors import RunError
-from moclip.pipeline.learn.heads import HEADS, ClipFeatures, make_head, position_codes
+from moclip.pipeline.learn.heads import HEADS, ClipFeatures, make_head, positional_encoding
 
 BOTH = list(HEADS)
 IMAGES_ALONE = ["mlp", "linear", "attention"]
@@ -55,7 +55,7 @@ def test_the_order_of_frames_counts_where_there_is_attention(name: str) -> None:
 
 
 def test_positions_have_codes_of_their_own() -> None:
-    codes = position_codes(torch.linspace(0, 1, 32))
+    codes = positional_encoding(torch.linspace(0, 1, 32))
     distance = torch.cdist(codes, codes) + 100 * torch.eye(32)
     assert distance.min() > 1
 

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from moclip.errors import RunError
 from moclip.pipeline.learn import data
 from moclip.pipeline.learn.clips import read_labelled, read_split
-from moclip.pipeline.learn.data import Motion, ahead, choose_device, middle_indices, random_indices, shuffled
+from moclip.pipeline.learn.data import Motion, choose_device, middle_indices, prefetch, random_indices, shuffled
 from moclip.pipeline.learn.views import (
     Augmentation,
     Geometry,
@@ -67,11 +67,11 @@ class TestSampling:
         assert [len(batch) for batch in batches] == [8, 8, 9]
         assert sorted(np.concatenate(batches).tolist()) == list(range(25))
 
-    def test_ahead_keeps_the_order_and_passes_errors_on(self) -> None:
-        assert list(ahead(range(5), lambda i: i * i)) == [0, 1, 4, 9, 16]
-        assert list(ahead([], abs)) == []
+    def test_prefetch_keeps_the_order_and_passes_errors_on(self) -> None:
+        assert list(prefetch(range(5), lambda i: i * i)) == [0, 1, 4, 9, 16]
+        assert list(prefetch([], abs)) == []
         with pytest.raises(ZeroDivisionError):
-            list(ahead([1, 0], lambda i: 1 / i))
+            list(prefetch([1, 0], lambda i: 1 / i))
 
 
 class TestPreparation:

@@ -7,7 +7,7 @@ import torch
 from synthetic import corpus, write_store
 
 from moclip.pipeline.learn.data import Motion
-from moclip.pipeline.learn.frozen import Images
+from moclip.pipeline.learn.frozen import ImageEmbeddings
 from moclip.pipeline.learn.pooled import pool
 from moclip.pipeline.learn.published import segment_views
 from moclip.pipeline.learn.views import Augmentation
@@ -55,7 +55,7 @@ def test_a_random_frame_is_drawn_once_and_one_that_is_missing_is_zeros(tmp_path:
     ids, everyone = [clip.id for clip in clips], np.arange(len(clips))
 
     def drawn(of: list[str], *, as_published: bool) -> list[list[float]]:
-        images = Images(store, "embedding-invented", of, CPU, frames="random", as_published=as_published)
+        images = ImageEmbeddings(store, "embedding-invented", of, CPU, frames="random", as_published=as_published)
         epochs = [images.of(everyone[: len(of)], np.random.default_rng(seed))[0] for seed in range(3)]
         return [epoch[:, 0, 0].tolist() for epoch in epochs]
 

@@ -21,7 +21,6 @@ _TRAINING = together(
     click.option("--epochs", type=int, help="Passes over the training part.  [default: the recipe's]"),
     click.option("--batch", type=int, help="Clips a step.  [default: the recipe's]"),
     click.option("--lr", type=float, help="Learning rate.  [default: the recipe's]"),
-    click.option("--segments", type=int, help="Segments a clip in training.  [default: the recipe's]"),
     click.option(
         "--val-fraction",
         type=float,
@@ -41,7 +40,7 @@ _TRAINING = together(
     ),
 )
 
-
+_SEGMENTS = click.option("--segments", type=int, help="Segments a clip in training.  [default: the recipe's]")
 _HEAD = click.option(
     "--head",
     metavar="NAME",
@@ -62,6 +61,7 @@ def train() -> None:
 @train.command()
 @click.argument("store", type=STORE)
 @_TRAINING
+@_SEGMENTS
 @click.option("--feature", help="motion-accumulated (default), motion, or another name.")
 @click.option("--backbone", metavar="NAME", help="timm:<model>.  [default: timm:efficientnet_b0]")
 @click.option("--weights", help="A file with the backbone's weights, instead of a download; none: from scratch.")
@@ -84,6 +84,7 @@ def tsn(store: str, out: Path, no_mirror: bool, **options: Any) -> None:
 @train.command()
 @click.argument("store", type=STORE)
 @_TRAINING
+@_SEGMENTS
 @click.option("--motion-run", required=True, type=EXISTING, help="The run of `moclip train tsn`, of the same split.")
 @_HEAD
 @click.option("--zeroshot-run", type=EXISTING, help="A run of `moclip zeroshot`, to add its scores to the head's.")
@@ -221,7 +222,9 @@ def ablate(store: str, out: Path, splits: str, seeds: str, settings: tuple[str, 
 @click.argument("store", type=STORE)
 @click.option("--split", metavar="NAME", help="The split to test on.  [default: the run's]")
 @click.option(
-    "--protocol", metavar="SxC", help="For MV-TSN: segments x crops, such as 25x1, 25x10, 32x1.  [default: 25x1]"
+    "--protocol",
+    metavar="SxC",
+    help="What the motion network sees of a clip: segments x crops, such as 25x10, 32x1.  [default: 25x1]",
 )
 @click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
 def evaluate(run: Path, store: str, **options: Any) -> None:

@@ -10,7 +10,7 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ _OWN = ("split", "seed", "device", "head", "frames", "motion_run", "zeroshot_run
 
 
 @dataclass(frozen=True)
-class Cell:
+class Variant:
     """One row of the table: ``kind`` of training, and the values that make it this row."""
 
     name: str
@@ -57,22 +57,30 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row's accuracies on the test clips, in [0, 1], by (split, seed)."""
+class Tested:
+    """How one run did on its test clips; accuracies in [0, 1]."""
 
-    cell: str
-    top1: Mapping[tuple[str, int], float]
-    mean_class_accuracy: Mapping[tuple[str, int], float]
-    clips: Mapping[tuple[str, int], int]
+    clips: int
+    top1: float
+    mean_class_accuracy: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's tests, by (split, seed)."""
+
+    model: str
+    tests: Mapping[tuple[str, int], Tested]
 
     @property
     def mean(self) -> float:
-        return statistics.mean(self.top1.values())
+        """Of top-1."""
+        return statistics.mean(test.top1 for test in self.tests.values())
 
     @property
     def sd(self) -> float | None:
         """The standard deviation of a sample; None of a single run."""
-        return statistics.stdev(self.top1.values()) if len(self.top1) > 1 else None
+        return statistics.stdev(test.top1 for test in self.tests.values()) if len(self.tests) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -99,21 +107,21 @@ class Ablation:
                 raise RunError(f"{kind}.{name} is what the table varies, or has an option of its own; leave it out")
 
 
-def cells(store: Store, feature: str) -> list[Cell]:
+def variants(store: Store, feature: str) -> list[Variant]:
     """The rows of a store's table."""
     name = store.resolve(feature)
     several = bool((store.row_counts(name, store.ids(name)) > 1).any())
     probes = [
-        Cell(f"image-{frames}-{head}", "probe", {"head": head, "frames": frames})
+        Variant(f"image-{frames}-{head}", "probe", {"head": head, "frames": frames})
         for head, frames in _PROBES
         if several or frames == "middle"
     ]
     fusions = [
-        Cell(f"fused-{'' if frames == 'all' else frames + '-'}{head}", "fusion", {"head": head, "frames": frames})
+        Variant(f"fused-{'' if frames == 'all' else frames + '-'}{head}", "fusion", {"head": head, "frames": frames})
         for head, frames in _FUSIONS
         if several or frames == "all"
     ]
-    return [Cell(MOTION, "tsn"), *probes, Cell(AVERAGE, "average"), *fusions]
+    return [Variant(MOTION, "tsn"), *probes, Variant(AVERAGE, "average"), *fusions]
 
 
 def ablate(
@@ -124,27 +132,21 @@ def ablate(
     ``on_run`` is told of every run when it begins, and of its epochs.
     """
     store, out = open_store(store_path), Path(out)
-    table = cells(store, ablation.feature)
-    for cell in table:  # a value that there is not shows before anything is trained
-        if cell.kind != "average":
-            _Run(store_path, store, out, cell, ablation, ablation.splits[0], 0, lambda _: None).config()
+    table = variants(store, ablation.feature)
+    for variant in table:  # a value that there is not shows before anything is trained
+        if variant.kind != "average":
+            _Run(store_path, store, out, variant, ablation, ablation.splits[0], 0, lambda _: None).config()
     _claim(out, store, ablation)
-    found: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {cell.name: {} for cell in table}
+    found: dict[str, dict[tuple[str, int], Tested]] = {variant.name: {} for variant in table}
     for split in ablation.splits:
         for seed in ablation.seeds:
             folder = out / f"split-{split}" / f"seed-{seed}"
-            for cell in table:
-                name = f"split {split}, seed {seed}, {cell.name}"
+            for variant in table:
+                name = f"split {split}, seed {seed}, {variant.name}"
                 on_run(name, None)
-                run = _Run(store_path, store, folder, cell, ablation, split, seed, partial(on_run, name))
-                found[cell.name][split, seed] = run.result()
-    rows = [
-        Row(
-            name,
-            *({key: test[what] for key, test in tests.items()} for what in ("top1", "mean_class_accuracy", "clips")),
-        )
-        for name, tests in found.items()
-    ]
+                run = _Run(store_path, store, folder, variant, ablation, split, seed, partial(on_run, name))
+                found[variant.name][split, seed] = run.result()
+    rows = [Row(name, tests) for name, tests in found.items()]
     write_atomic(out / "table.csv", _csv(rows).encode())
     write_atomic(out / "table.md", "\n".join(markdown(rows)).encode() + b"\n")
     return rows
@@ -176,48 +178,48 @@ class _Run:
     store_path: str | Path
     store: Store
     folder: Path
-    cell: Cell
+    variant: Variant
     ablation: Ablation
     split: str
     seed: int
     on_epoch: Callable[[EpochRow], None]
 
-    def result(self) -> Mapping[str, Any]:
+    def result(self) -> Tested:
         """The test metrics, of a training that is made now or was made before."""
-        if self.cell.kind == "average":
+        if self.variant.kind == "average":
             return self._average()
-        config, path = self.config(), self.folder / self.cell.name
-        saved: Any = tsn_as_saved(config, self.store) if self.cell.kind == "tsn" else as_saved(config, self.store, path)
+        kind, config, path = self.variant.kind, self.config(), self.folder / self.variant.name
+        saved: Any = tsn_as_saved(config, self.store) if kind == "tsn" else as_saved(config, self.store, path)
         if not finished_as(path, saved):
-            train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[self.cell.kind]
+            train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[kind]
             train(self.store_path, path, config, on_epoch=self.on_epoch)
-        test: Mapping[str, Any] = json.loads((path / "metrics.json").read_bytes())["test"]
-        return test
+        test = json.loads((path / "metrics.json").read_bytes())["test"]
+        return Tested(test["clips"], test["top1"], test["mean_class_accuracy"])
 
     def config(self) -> Any:
         """The configuration of its training; :class:`RunError` if a value is none."""
-        ablation, kind = self.ablation, self.cell.kind
+        ablation, kind = self.ablation, self.variant.kind
         if kind == "tsn":
             return ablation.config(TSNConfig, kind, self.split, self.seed)
         motion = {"motion_run": str(self.folder / MOTION)} if kind == "fusion" else {}
-        given = {**self.cell.values, **motion, "feature": ablation.feature}
+        given = {**self.variant.values, **motion, "feature": ablation.feature}
         return ablation.config(FusionConfig, kind, self.split, self.seed, **given)
 
-    def _average(self) -> Mapping[str, Any]:
+    def _average(self) -> Tested:
         """The mean of the probabilities that the motion-only and the image-only model give."""
         image = "image-all-mlp" if (self.folder / "image-all-mlp").exists() else "image-middle-mlp"
         motion, probe = (pq.read_table(self.folder / name / "predictions.parquet") for name in (MOTION, image))
         return _averaged(motion, probe, load_run(self.folder / MOTION).classes, self.split)
 
 
-def _averaged(motion: Any, image: Any, classes: Sequence[str], split: str) -> Mapping[str, Any]:
+def _averaged(motion: Any, image: Any, classes: Sequence[str], split: str) -> Tested:
     of_image = dict(zip(image["id"].to_pylist(), image["scores"].to_pylist(), strict=True))
     both = [row for row in motion.to_pylist() if row["id"] in of_image]
     position = {name: i for i, name in enumerate(classes)}
     clips = Clips(tuple(row["id"] for row in both), np.array([position[row["label"]] for row in both], np.int64))
     mean = (torch.tensor([row["scores"] for row in both]) + torch.tensor([of_image[row["id"]] for row in both])) / 2
     found = score(mean.clamp(min=1e-12).log(), clips, classes, split=split, protocol="average", missing={}).metrics
-    return asdict(found)
+    return Tested(found.clips, found.top1, found.mean_class_accuracy)
 
 
 def markdown(rows: Sequence[Row]) -> Iterator[str]:
@@ -225,17 +227,17 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
 
     A clip without one of the features is in some rows and not in others; then the table says so.
     """
-    keys = list(rows[0].top1)
+    keys = list(rows[0].tests)
     yield "| model | top-1, mean ± sd | " + " | ".join(f"{split}/{seed}" for split, seed in keys) + " |"
     yield "|---" * (len(keys) + 2) + "|"
     for row in rows:
         spread = "" if row.sd is None else f" ± {100 * row.sd:.1f}"
         yield (
-            f"| {row.cell} | {100 * row.mean:.1f}{spread} | "
-            + " | ".join(f"{100 * row.top1[key]:.1f}" for key in keys)
+            f"| {row.model} | {100 * row.mean:.1f}{spread} | "
+            + " | ".join(f"{100 * row.tests[key].top1:.1f}" for key in keys)
             + " |"
         )
-    if any(row.clips != rows[0].clips for row in rows):
+    if any(row.tests[key].clips != rows[0].tests[key].clips for row in rows for key in keys):
         yield ""
         yield "Not every clip has every feature: rows differ in how many test clips they are of (table.csv)."
 
@@ -245,7 +247,5 @@ def _csv(rows: Sequence[Row]) -> str:
     table = csv.writer(text)
     table.writerow(["model", "split", "seed", "clips", "top1", "mean_class_accuracy"])
     for row in rows:
-        table.writerows(
-            [row.cell, *key, row.clips[key], row.top1[key], row.mean_class_accuracy[key]] for key in row.top1
-        )
+        table.writerows([row.model, *key, *astuple(test)] for key, test in row.tests.items())
     return text.getvalue()

@@ -182,7 +182,7 @@ class Motion:
         return _Block(geometry, rows)
 
 
-def ahead(makers: Iterable[Any], make: Any) -> Iterator[Any]:
+def prefetch(makers: Iterable[Any], make: Any) -> Iterator[Any]:
     """``make(item)`` for each item, the next one made in a thread while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         pending = None

@@ -35,7 +35,7 @@ class MotionSource(Protocol):
 class Features:
     """What heads see of some clips: their images, and their motion if there is any."""
 
-    def __init__(self, images: "Images", motion: MotionSource | None) -> None:
+    def __init__(self, images: "ImageEmbeddings", motion: MotionSource | None) -> None:
         self.images, self.motion = images, motion
         self.device = images.device
         #: D, 0 without motion, and E.
@@ -52,7 +52,7 @@ class Features:
         return ClipFeatures(self.motion.whole(videos, segments) if self.motion else None, *images)
 
 
-class Images:
+class ImageEmbeddings:
     """The rows of an embedding for some videos; ``frames`` is one of :data:`FRAMES`. ``size`` is E.
 
     ``as_published``, a video without rows has one of zeros, and a random frame is the same in every epoch.

@@ -132,7 +132,7 @@ def _train(
     card = card_of(config, store, sources, features, len(split.classes))
     targets = torch.from_numpy(split.every.targets).to(device)
     _, held_out, tested = split.positions
-    judges = tested if strict else held_out  # as published, the epoch is chosen on test
+    selection = tested if strict else held_out  # as published, the epoch is chosen on test
 
     def train(epoch: int) -> Iterator[Batch]:
         rng = np.random.default_rng([config.seed, epoch])
@@ -140,7 +140,7 @@ def _train(
             yield features.sample(videos, rng), targets[torch.from_numpy(videos).to(device)]
 
     def val() -> Iterator[Batch]:
-        for some in test_batches(judges, sources):
+        for some in test_batches(selection, sources):
             yield features.whole(some, config.segments), targets[torch.from_numpy(some).to(device)]
 
     threads = one_thread() if sources.network is None else nullcontext()
@@ -158,7 +158,7 @@ def _train(
             torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay, fused=True),
             config,
             train=train,
-            val=val if len(judges) else None,
+            val=val if len(selection) else None,
             keeper=writer,
             on_epoch=on_epoch,
             on_step=on_step,

@@ -10,7 +10,7 @@ from torch import nn
 from moclip.errors import RunError
 from moclip.pipeline.learn.card import ModelCard, head_card
 from moclip.pipeline.learn.data import Ints, Motion, batched
-from moclip.pipeline.learn.frozen import FRAMES, Features, Images, MotionSource, PooledMotion
+from moclip.pipeline.learn.frozen import FRAMES, Features, ImageEmbeddings, MotionSource, PooledMotion
 from moclip.pipeline.learn.heads import HEADS, READS_SEGMENTS, ClipFeatures, WithZeroShot, make_head
 from moclip.pipeline.learn.network import MotionTSN
 from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, pool
@@ -112,7 +112,9 @@ def features_of(
 ) -> Features:
     """What the model sees of clips, of which ``trained`` are trained on."""
     strict = config.strict_reference
-    images = Images(store, sources.image, ids, device, frames=config.frames, seed=config.seed, as_published=strict)
+    images = ImageEmbeddings(
+        store, sources.image, ids, device, frames=config.frames, seed=config.seed, as_published=strict
+    )
     motion: MotionSource | None = None
     if sources.network is not None and sources.tsn is not None:
         rows = Motion(store, sources.motion, ids, device, missing_as_zeros=strict)

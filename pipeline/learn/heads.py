@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.classifier = nn.Sequential(nn.LayerNorm(_WIDTH), nn.Dropout(0.5), nn.Linear(_WIDTH, classes))
 
     def forward(self, clips: ClipFeatures) -> torch.Tensor:
-        images = self.image(clips.images) + position_codes(clips.position)
+        images = self.image(clips.images) + positional_encoding(clips.position)
         always = torch.ones_like(clips.there[:, :1])
         tokens, there = [self.start.expand(len(images), 1, -1), images], [always, clips.there]
         if self.motion is not None and clips.motion is not None:
@@ -115,7 +115,7 @@ class CrossAttention(nn.Module):
         self.classifier = nn.Sequential(nn.LayerNorm(2 * _WIDTH), nn.Dropout(0.5), nn.Linear(2 * _WIDTH, classes))
 
     def forward(self, clips: ClipFeatures) -> torch.Tensor:
-        motion, images = self.motion(clips.motion), self.image(clips.images) + position_codes(clips.position)
+        motion, images = self.motion(clips.motion), self.image(clips.images) + positional_encoding(clips.position)
         seen_by_motion, _ = self.at_images(motion, images, images, key_padding_mask=~clips.there, need_weights=False)
         seen_by_images, _ = self.at_motion(images, motion, motion, need_weights=False)
         there = clips.there[..., None]
@@ -166,7 +166,7 @@ def make_head(name: str, motion: int, image: int, classes: int) -> nn.Module:
     return head
 
 
-def position_codes(position: torch.Tensor) -> torch.Tensor:
+def positional_encoding(position: torch.Tensor) -> torch.Tensor:
     """Sines and cosines of positions in [0, 1] (arXiv 1706.03762), (…, 256): from half a wave over the clip to 64."""
     waves = torch.pi * 2 ** torch.linspace(0, 7, _WIDTH // 2, device=position.device)
     angles = position[..., None] * waves

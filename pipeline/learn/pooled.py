@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from moclip.pipeline.learn.data import Ints, Motion, ahead, batched, middle_indices, random_indices
+from moclip.pipeline.learn.data import Ints, Motion, batched, middle_indices, prefetch, random_indices
 from moclip.pipeline.learn.views import Augmentation, fixed_views, random_views
 from moclip.store import FeatureSpec, ShardWriter, SourceFacts, add_feature, create_store, publish
 
 #: Positions of videos (n), the frames seen (n, segments), and features (n, segments, D) float32 on the CPU.
 Pooled = tuple[Ints, Ints, torch.Tensor]
 #: Images (n, 2, S, S) to pooled features (n, D), in eval mode.
-Features = Callable[[torch.Tensor], torch.Tensor]
+Extractor = Callable[[torch.Tensor], torch.Tensor]
 
 #: The pooled features that a fusion is trained on: this many test segments a clip, centre crop.
 POOLED_SEGMENTS = 25
@@ -39,7 +39,7 @@ class Augmented:
 
 
 def pool(
-    features: Features, motion: Motion, size: int, segments: int, crops: int = 1, *, strict_reference: bool = False
+    features: Extractor, motion: Motion, size: int, segments: int, crops: int = 1, *, strict_reference: bool = False
 ) -> Iterator[Pooled]:
     """The pooled features of every video of ``motion``, in order, some videos at a time.
 
@@ -54,7 +54,7 @@ def pool(
 
     rng = np.random.default_rng(0)
     with torch.inference_mode():
-        for videos, frames, parts in ahead(batches, fetch):
+        for videos, frames, parts in prefetch(batches, fetch):
             views = fixed_views(len(videos), size, crops)
             if strict_reference:
                 coins = np.repeat(rng.random(len(videos)) < 0.5, crops)  # one a clip
@@ -64,7 +64,7 @@ def pool(
             yield videos, frames, rows.view(len(videos), crops, segments, -1).mean(1).cpu()
 
 
-def pool_views(features: Features, motion: Motion, augmented: Augmented) -> Iterator[Pooled]:
+def pool_views(features: Extractor, motion: Motion, augmented: Augmented) -> Iterator[Pooled]:
     """Views as training shows them: like :func:`pool`, but a clip's rows are ``views`` times
     :data:`VIEW_SEGMENTS`, one view after the other.
     """
@@ -79,7 +79,7 @@ def pool_views(features: Features, motion: Motion, augmented: Augmented) -> Iter
         return videos, frames, random_views(len(often), how, rng), motion.fetch(often, frames)
 
     with torch.inference_mode():
-        for videos, frames, shown, parts in ahead(batches, fetch):
+        for videos, frames, shown, parts in prefetch(batches, fetch):
             images = motion.prepared(parts, shown, how.size).flatten(0, 1)
             pooled = torch.cat([features(some) for some in torch.split(images, _IMAGES)])
             yield videos, frames.reshape(len(videos), rows), pooled.view(len(videos), rows, -1).cpu()
@@ -87,7 +87,7 @@ def pool_views(features: Features, motion: Motion, augmented: Augmented) -> Iter
 
 def write_pooled(
     path: Path,
-    features: Features,
+    features: Extractor,
     motion: Motion,
     *,
     size: int,

@@ -23,10 +23,10 @@ from moclip.pipeline.learn.clips import Split, read_labelled, read_split
 from moclip.pipeline.learn.data import (
     Ints,
     Motion,
-    ahead,
     batched,
     choose_device,
     middle_indices,
+    prefetch,
     random_indices,
     shuffled,
 )
@@ -142,7 +142,7 @@ def train_tsn(
                 torch.optim.Adam(_parameter_groups(model, config), eps=1e-3),
                 config,
                 train=batches.train,
-                val=batches.val if len(batches.judges) else None,
+                val=batches.val if len(batches.selection) else None,
                 keeper=writer,
                 on_epoch=on_epoch,
                 on_step=on_step,
@@ -207,7 +207,7 @@ class _Batches:
         self.n_train = len(split.train)
         _, val, test = split.positions
         #: The clips that the epoch is chosen by; as published, those of test.
-        self.judges = test if config.strict_reference else val
+        self.selection = test if config.strict_reference else val
 
     def train(self, epoch: int) -> Iterator[Batch]:
         config, motion = self.config, self.motion
@@ -221,7 +221,7 @@ class _Batches:
             each, views = segment_views(videos, config.segments, config.augmentation, rng)
             return videos, motion.fetch(each, frames.reshape(-1, 1)), views
 
-        for videos, parts, views in ahead(shuffled(self.n_train, config.batch, rng), fetch):
+        for videos, parts, views in prefetch(shuffled(self.n_train, config.batch, rng), fetch):
             images = motion.prepared(parts, views, config.input_size, mirror_bytes=config.strict_reference)
             yield images.view(len(videos), config.segments, *images.shape[2:]), self._targets(videos)
 
@@ -233,7 +233,7 @@ class _Batches:
             frames = middle_indices(motion.frames[videos], config.segments)
             return videos, motion.fetch(videos, motion.before_i_frames(videos, frames))
 
-        for videos, parts in ahead(batched(self.judges, config.batch), fetch):
+        for videos, parts in prefetch(batched(self.selection, config.batch), fetch):
             views = fixed_views(len(videos), config.input_size)
             yield motion.prepared(parts, views, config.input_size), self._targets(videos)
 
