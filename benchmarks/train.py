@@ -41,7 +41,8 @@ from moclip.pipeline.learn.heads import mlp
 from moclip.pipeline.learn.metrics import score
 from moclip.pipeline.learn.network import MotionTSN
 from moclip.pipeline.learn.pooled import POOLED, write_pooled
-from moclip.pipeline.learn.runs import FEATURES, RunWriter
+from moclip.pipeline.learn.run_writer import RunWriter
+from moclip.pipeline.learn.runs import FEATURES
 from moclip.pipeline.learn.tsn import TSNConfig, _Batches
 from moclip.pipeline.learn.views import Augmentation, random_views
 from moclip.store import (

@@ -19,7 +19,8 @@ from moclip.pipeline.learn.card import ModelCard
 from moclip.pipeline.learn.clips import Clips, Split
 from moclip.pipeline.learn.fit import EpochRow, Fitted, Snapshot
 from moclip.pipeline.learn.metrics import Evaluation, score
-from moclip.pipeline.learn.runs import RunWriter, load_run, write_evaluation
+from moclip.pipeline.learn.run_writer import RunWriter, write_evaluation
+from moclip.pipeline.learn.runs import load_run
 
 ROW = EpochRow(1, 0.5, 0.25, 1.0, 2.0, 0.01)
 

@@ -18,7 +18,7 @@ from moclip.pipeline.learn import fit as fitting
 from moclip.pipeline.learn.evaluate import Protocol, evaluate_run
 from moclip.pipeline.learn.fit import EpochRow, seeded
 from moclip.pipeline.learn.network import MotionTSN, stem_of
-from moclip.pipeline.learn.runs import TrainResult
+from moclip.pipeline.learn.run_writer import TrainResult
 from moclip.pipeline.learn.tsn import TSNConfig, _parameter_groups, train_tsn
 from moclip.pipeline.learn.views import Geometry, fixed_views, prepare
 from moclip.store import open_store

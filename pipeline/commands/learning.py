@@ -10,7 +10,7 @@ from moclip.pipeline.commands.console import EXISTING, NEW, STORE, count, progre
 
 if TYPE_CHECKING:
     from moclip.pipeline.learn.metrics import Metrics
-    from moclip.pipeline.learn.runs import TrainResult
+    from moclip.pipeline.learn.run_writer import TrainResult
 
 _TRAINING = together(
     click.option("--split", required=True, metavar="NAME", help="The split of the store to train and test on."),

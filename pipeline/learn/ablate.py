@@ -26,7 +26,8 @@ from moclip.pipeline.learn.fusion import as_saved, train_fusion, train_probe
 from moclip.pipeline.learn.fusion_model import FusionConfig
 from moclip.pipeline.learn.metrics import score
 from moclip.pipeline.learn.recipes import configured
-from moclip.pipeline.learn.runs import finished_as, load_run
+from moclip.pipeline.learn.run_writer import finished_as
+from moclip.pipeline.learn.runs import load_run
 from moclip.pipeline.learn.tsn import TSNConfig, train_tsn
 from moclip.pipeline.learn.tsn import as_saved as tsn_as_saved
 from moclip.store import Store, open_store, write_atomic

@@ -8,7 +8,8 @@ from pathlib import Path
 from moclip.errors import RunError
 from moclip.pipeline.learn.fusion import evaluate_head
 from moclip.pipeline.learn.metrics import Evaluation
-from moclip.pipeline.learn.runs import Run, load_run, write_evaluation
+from moclip.pipeline.learn.run_writer import write_evaluation
+from moclip.pipeline.learn.runs import Run, load_run
 from moclip.pipeline.learn.tsn import evaluate_tsn
 from moclip.pipeline.learn.views import CROPS
 from moclip.pipeline.learn.zeroshot import evaluate_zeroshot

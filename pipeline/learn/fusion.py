@@ -33,7 +33,8 @@ from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED, POOLED_SEGMENTS
 from moclip.pipeline.learn.published import long_enough, without_short
 from moclip.pipeline.learn.recipes import configured
-from moclip.pipeline.learn.runs import Run, RunWriter, TrainResult, load_run, load_weights
+from moclip.pipeline.learn.run_writer import RunWriter, TrainResult
+from moclip.pipeline.learn.runs import Run, load_run, load_weights
 from moclip.pipeline.learn.zeroshot import text_of
 from moclip.store import Store, open_store
 

@@ -36,7 +36,8 @@ from moclip.pipeline.learn.network import MotionTSN, stem_of
 from moclip.pipeline.learn.pooled import POOLED_SEGMENTS, Augmented, pool, write_pooled
 from moclip.pipeline.learn.published import long_enough, segment_views, without_short
 from moclip.pipeline.learn.recipes import configured
-from moclip.pipeline.learn.runs import FEATURES, MOTION_KINDS, Run, RunWriter, TrainResult, load_weights
+from moclip.pipeline.learn.run_writer import RunWriter, TrainResult
+from moclip.pipeline.learn.runs import FEATURES, MOTION_KINDS, Run, load_weights
 from moclip.pipeline.learn.training import Training
 from moclip.pipeline.learn.views import BASE, Augmentation, fixed_views, random_views
 from moclip.pipeline.weights import hash_weights

@@ -18,7 +18,8 @@ from moclip.pipeline.backbones import Encoder, EncoderConfig, load_encoder
 from moclip.pipeline.learn.clips import Clips, Split, read_labelled
 from moclip.pipeline.learn.data import choose_device
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
-from moclip.pipeline.learn.runs import Run, RunWriter
+from moclip.pipeline.learn.run_writer import RunWriter
+from moclip.pipeline.learn.runs import Run
 from moclip.store import Store, open_store
 
 #: The name of what is tested where no split was asked for.
