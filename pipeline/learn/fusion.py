@@ -27,7 +27,7 @@ from moclip.pipeline.learn.fusion_model import (
     predict,
     predict_at,
     sources_of,
-    test_batches,
+    evaluation_batches,
 )
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED, POOLED_SEGMENTS
@@ -141,7 +141,7 @@ def _train(
             yield features.sample(videos, rng), targets[torch.from_numpy(videos).to(device)]
 
     def val() -> Iterator[Batch]:
-        for some in test_batches(selection, sources):
+        for some in evaluation_batches(selection, sources):
             yield features.whole(some, config.segments), targets[torch.from_numpy(some).to(device)]
 
     threads = one_thread() if sources.network is None else nullcontext()

@@ -151,7 +151,7 @@ def predict(model: nn.Module, features: Features, sources: Sources, videos: Ints
     """Logits (n, classes) of videos (positions)."""
     model.eval()
     with torch.inference_mode():
-        return torch.cat([model(features.whole(some)) for some in test_batches(videos, sources)])
+        return torch.cat([model(features.whole(some)) for some in evaluation_batches(videos, sources)])
 
 
 def predict_at(model: nn.Module, features: Features, sources: Sources, segments: int, crops: int) -> torch.Tensor:
@@ -174,6 +174,6 @@ def predict_at(model: nn.Module, features: Features, sources: Sources, segments:
         return torch.cat([head(clips) for clips in seen])
 
 
-def test_batches(videos: Ints, sources: Sources) -> list[Ints]:
+def evaluation_batches(videos: Ints, sources: Sources) -> list[Ints]:
     """Videos in parts that go through a model at once."""
     return batched(videos, _TOGETHER if sources.network is None else _PICTURES_TOGETHER)
