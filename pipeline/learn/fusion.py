@@ -21,13 +21,13 @@ from moclip.pipeline.learn.fit import Batch, OnEpoch, OnStep, fit, one_thread, s
 from moclip.pipeline.learn.fusion_model import (
     FusionConfig,
     card_of,
+    evaluation_batches,
     features_of,
     model_of,
     pooled_of,
     predict,
     predict_at,
     sources_of,
-    evaluation_batches,
 )
 from moclip.pipeline.learn.metrics import Evaluation, by_name, score
 from moclip.pipeline.learn.pooled import POOLED, POOLED_SEGMENTS
