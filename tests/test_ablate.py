@@ -94,10 +94,14 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "| model | top-1, mean ± sd | 1/3 |" in found.output
     assert CliRunner().invoke(main, [*command[:5], "x", *command[6:]]).exit_code == 2
-    with pytest.raises(RunError, match=r"expected kind\.name=value"):
+    with pytest.raises(RunError, match=r"expected kind\.name=value \(tsn"):
         replace(ABLATION, settings=("epochs=3",))
     with pytest.raises(RunError, match="lrr"):
         ablate(store, tmp_path / "b", replace(ABLATION, settings=("fusion.lrr=1",)), lambda *_: pytest.fail("trained"))
+    with pytest.raises(RunError, match="exists and is no ablation"):
+        ablate(store, store, replace(ABLATION, splits=("1",)), lambda *_: None)
+    with pytest.raises(RunError, match=r"image-random-mlp: .*no number"):
+        ablate(store, tmp_path / "c", replace(ABLATION, settings=(*settings[1::2], "probe.lr=1e30")), lambda *_: None)
     for own in ("fusion.head=gated", "probe.frames=all", "tsn.seed=3", "probe.feature=x"):
         with pytest.raises(RunError, match="is what the table varies"):
             replace(ABLATION, settings=(own,))

@@ -104,6 +104,8 @@ def test_motion_runs_that_do_not_fit(store: Path, motion_run: Path, tmp_path: Pa
         train_fusion(store, tmp_path / "a", replace(config, val_fraction=0.3))
     with pytest.raises(RunError, match="no run at"):
         train_fusion(store, tmp_path / "a", replace(config, motion_run=str(tmp_path / "none")))
+    with pytest.raises(RunError, match="segments is 10, but the motion run pooled 9 of a clip"):
+        train_fusion(store, tmp_path / "a", replace(config, segments=10))
     with pytest.raises(RunError, match="needs the run"):
         train_fusion(store, tmp_path / "a", HEAD)
     with pytest.raises(RunError, match="takes no motion run"):

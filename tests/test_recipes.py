@@ -50,6 +50,7 @@ def test_the_last_word_counts(tmp_path: Path) -> None:
     [
         (["hidden=3"], "tsn has no setting 'hidden'; it has: split, batch"),
         (["lr"], "no setting 'lr'; expected name=value"),
+        (["split=2"], "split is set to 2, and has an option that says 1; give one of them"),
         (["weight_decay=nan"], "weight_decay is nan; it must not be negative"),
         (["lr=fast"], "lr is 'fast'; expected a number"),
         (["epochs=1.5"], "epochs is 1.5; expected a whole number"),

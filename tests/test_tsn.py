@@ -227,6 +227,7 @@ def test_a_network_that_was_killed_ends_as_if_it_never_was(
     so_far = evaluate_run(tmp_path / "killed", store)
     assert so_far.metrics.clips == whole.test.clips
     assert "killed is unfinished: this tests the best of its epochs so far" in caplog.text
+    assert not (tmp_path / "killed" / "evaluations").exists()
     rows: list[EpochRow] = []
     again = train_tsn(store, tmp_path / "killed", replace(config, device="cpu"), on_epoch=rows.append)
     assert [row.epoch for row in rows] == [3]
@@ -291,7 +292,15 @@ def test_a_backbone_without_one_stem_is_refused(store: Path, tmp_path: Path) -> 
         MotionTSN(model, 3)
     with pytest.raises(EncoderError, match="timm has no model"):
         train_tsn(store, tmp_path / "run", replace(FAST, backbone="timm:nothing_like_it"))
+    with pytest.raises(RunError, match=r"vit_tiny_patch16_224 takes no pictures of 32 px .*give another --input-size"):
+        train_tsn(store, tmp_path / "run", replace(FAST, backbone="timm:vit_tiny_patch16_224"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_diverged_at_its_last_step_is_no_result(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"scores of 24 of 24 test clips are no numbers"):
+        train_tsn(store, tmp_path / "run", replace(FAST, lr=1e30, batch=200, val_fraction=0.0, views=0))
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_the_references_defects(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every command shares: kinds of arguments, and words on the terminal."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ import click
 STORE = click.STRING
 EXISTING = click.Path(path_type=Path)
 NEW = click.Path(path_type=Path)
+
+#: Seconds between two lines in a log.
+_EVERY = 30.0
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -79,7 +83,9 @@ def status() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(what: str, total: int | None, said: str) -> Iterator[Callable[..., None]]:
-    """A bar on the error stream. ``said`` is the text beside it, with places for what each update gives.
+    """A bar on the error stream; where that is no terminal, a line every :data:`_EVERY` seconds.
+
+    ``said`` is the text beside it, with places for what each update gives.
 
     The bar's function takes how much is done, of how much (if that was not known before), and those values.
     """
@@ -87,10 +93,16 @@ def progress(what: str, total: int | None, said: str) -> Iterator[Callable[..., 
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console, told = Console(stderr=True), time.monotonic()
+    with Progress(*columns, console=console, transient=True) as bar:
         line = bar.add_task("starting", total=total)
 
         def advance(done: float, total: float | None = total, **values: Any) -> None:
-            bar.update(line, completed=done, total=total, description=said.format(done=done, total=total, **values))
+            nonlocal told
+            text = said.format(done=done, total=total, **values)
+            bar.update(line, completed=done, total=total, description=text)
+            if not console.is_terminal and time.monotonic() - told >= _EVERY:
+                told = time.monotonic()
+                click.echo(f"{what}: {text}", err=True)
 
         yield advance

@@ -24,7 +24,8 @@ _TRAINING = together(
     click.option(
         "--val-fraction",
         type=float,
-        help="Part of train, in whole groups, that chooses the epoch, unless the split names val; 0 takes the last."
+        help="Part of train, in whole groups, that chooses the epoch, unless the split names val;"
+        " 0 takes the last epoch, and leaves val clips out."
         "  [default: the recipe's]",
     ),
     click.option("--seed", type=int, help="Fixes every random choice.  [default: 0]"),
@@ -188,7 +189,11 @@ def _print_metrics(metrics: "Metrics", per_class: bool = False) -> None:
     "--recipe", default="fast", show_default=True, metavar="NAME|FILE", help="fast, moclip-lite, or a .toml file."
 )
 @click.option(
-    "--set", "settings", multiple=True, metavar="KIND.NAME=VALUE", help="A value of the recipe, such as tsn.epochs=10."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KIND.NAME=VALUE",
+    help="A value of the recipe of tsn, fusion or probe: tsn.epochs=10, tsn.weights=FILE.",
 )
 @click.option("--feature", default="embedding", help="The embedding, where the store has several.", show_default=True)
 @click.option("--device", default="auto", help="cpu, cuda or auto.", show_default=True)
@@ -209,7 +214,7 @@ def ablate(store: str, out: Path, splits: str, seeds: str, settings: tuple[str, 
     except ValueError as error:
         what = "expected whole numbers with commas between, such as 0,1,2"
         raise click.BadParameter(what, param_hint="--seeds") from error
-    asked = ablation.Ablation(splits.split(","), chosen, settings=settings, **options)
+    asked = ablation.Ablation([name.strip() for name in splits.split(",")], chosen, settings=settings, **options)
     with progress("ablate", None, "{run} · epoch {done}") as advance:
         rows = ablation.ablate(store, out, asked, lambda run, row: advance(0 if row is None else row.epoch, run=run))
     for line in ablation.markdown(rows):

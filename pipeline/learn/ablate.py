@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from moclip.errors import RunError
+from moclip.errors import EncoderError, RunError
 from moclip.pipeline.learn.clips import Clips, split_table
 from moclip.pipeline.learn.fit import EpochRow
 from moclip.pipeline.learn.fusion import as_saved, train_fusion, train_probe
@@ -103,7 +103,9 @@ class Ablation:
         for text in self.settings:
             kind, _, setting = text.partition(".")
             if kind not in ("tsn", "fusion", "probe"):
-                raise RunError(f"no setting {text!r}; expected kind.name=value, such as tsn.epochs=10")
+                raise RunError(
+                    f"no setting {text!r}; expected kind.name=value (tsn, fusion, probe), such as tsn.epochs=10"
+                )
             if (name := setting.partition("=")[0].strip()) in _OWN or (name == "feature" and kind != "tsn"):
                 raise RunError(f"{kind}.{name} is what the table varies, or has an option of its own; leave it out")
 
@@ -160,6 +162,8 @@ def _claim(out: Path, store: Store, ablation: Ablation) -> None:
     about: dict[str, str] = {name: _digest([store.features[name].digest, store.ids(name)]) for name in features}
     about |= {f"split {name}": _digest(split_table(store, name).to_pylist()) for name in ablation.splits}
     path = out / "ablation.json"
+    if out.exists() and not path.exists() and any(out.iterdir()):
+        raise RunError(f"{out} exists and is no ablation; give another --out")
     there: dict[str, str] = json.loads(path.read_bytes()) if path.exists() else {}
     if changed := [name for name, digest in about.items() if there.get(name, digest) != digest]:
         raise RunError(
@@ -193,7 +197,12 @@ class _Run:
         saved: Any = tsn_as_saved(config, self.store) if kind == "tsn" else as_saved(config, self.store, path)
         if not finished_as(path, saved):
             train: Any = {"tsn": train_tsn, "probe": train_probe, "fusion": train_fusion}[kind]
-            train(self.store_path, path, config, on_epoch=self.on_epoch)
+            try:
+                train(self.store_path, path, config, on_epoch=self.on_epoch)
+            except EncoderError as error:
+                raise EncoderError(str(error).replace("--weights ", "--set tsn.weights=")) from error
+            except RunError as error:
+                raise RunError(f"{path}: {error}") from error
         test = json.loads((path / "metrics.json").read_bytes())["test"]
         return Tested(test["clips"], test["top1"], test["mean_class_accuracy"])
 

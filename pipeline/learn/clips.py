@@ -96,9 +96,7 @@ def read_split(store: Store, name: str, *, features: Sequence[str], val_fraction
     parts = np.asarray(table["part"].to_pylist(), object)
     for part in ("train", "test"):
         if not (parts == part).any():
-            raise RunError(
-                f"split {name!r} has no {part} clip among the labelled videos of {store.url}; check its file"
-            )
+            raise RunError(f"split {name!r} has no {part} clip among the labelled videos of {store.url}")
     if not val_fraction:
         parts[parts == "val"] = "unused"
     elif not (parts == "val").any():

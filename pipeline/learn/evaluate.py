@@ -53,7 +53,7 @@ def evaluate_run(
     protocol: str | None = None,
     device: str = "auto",
 ) -> Evaluation:
-    """Test a run on the test side of ``split`` (its own if None), and keep what is found in the run.
+    """Test a run on the test side of ``split`` (its own if None), and keep what is found in the run if it is finished.
 
     Without ``protocol`` an MV-TSN is tested by 25x1, and a fusion by what that pooled. A probe and a zero-shot run see
     images alone, and have none.
@@ -62,7 +62,7 @@ def evaluate_run(
     if not loaded.finished:
         if not loaded.has_weights:
             raise RunError(f"{loaded.path} is unfinished, and no epoch's model is there; train it again")
-        log.warning("%s is unfinished: this tests the best of its epochs so far", loaded.path)
+        log.warning("%s is unfinished: this tests the best of its epochs so far, and is not kept", loaded.path)
     store = open_store(store_path)
     asked = Protocol.parse(protocol) if protocol else None
     if asked and loaded.kind not in ("tsn", "fusion"):
@@ -76,7 +76,8 @@ def evaluate_run(
         views = astuple(asked) if asked else None
         found = evaluate_head(loaded, store, split or loaded.split, protocol=views, device=device)
     _warn_of_overlap(loaded, found)
-    write_evaluation(loaded, found)
+    if loaded.finished:  # what an unfinished run says is not what it will say
+        write_evaluation(loaded, found)
     return found
 
 

@@ -150,6 +150,9 @@ class PooledMotion:
             self._whole = torch.cat(parts)
         assert self._whole is not None
         self.size = self._whole.shape[-1]
+        most = POOLED_SEGMENTS if self.views is None else VIEW_SEGMENTS
+        if trained and segments > most:
+            raise RunError(f"segments is {segments}, but the motion run pooled {most} of a clip; give {most} at most")
 
     def sample(self, videos: Ints, rng: np.random.Generator) -> torch.Tensor:
         """Rows (n, segments, D): a random one from each equal part."""
@@ -168,7 +171,7 @@ class PooledMotion:
         return _picked(self._whole, videos).to(self.device).float()
 
     def _drawn(self, rows: int, n: int, rng: np.random.Generator) -> Ints:
-        parts = np.array_split(np.arange(rows), min(self._segments, rows))
+        parts = np.array_split(np.arange(rows), self._segments)
         return np.stack([rng.choice(part, n) for part in parts], 1)
 
 

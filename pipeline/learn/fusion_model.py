@@ -83,7 +83,7 @@ def sources_of(store: Store, config: FusionConfig, *, network: bool) -> Sources:
         return Sources(image)
     run = load_run(config.motion_run, kind="tsn")
     if not run.finished:
-        raise RunError(f"the motion run {run.path} is unfinished; train it again")
+        raise RunError(f"the motion run {run.path} is unfinished; give its command again, and then this one")
     tsn = configured(TSNConfig, "tsn", None, **run.config)
     if network:
         run.check_features(store)
@@ -98,7 +98,9 @@ def pooled_of(config: FusionConfig) -> list[Store]:
         return []
     path = Path(config.motion_run) / FEATURES
     if not path.exists():
-        raise RunError(f"the motion run {config.motion_run} is gone, or has no {FEATURES}; train it again")
+        raise RunError(
+            f"the motion run {config.motion_run} is gone, or has no {FEATURES}; put it back, or train it again"
+        )
     return [open_store(path)]
 
 

@@ -71,6 +71,12 @@ def score(
 ) -> Evaluation:
     """Logits (n, classes) of ``clips``, whose targets are positions in ``classes``, as an evaluation."""
     logits, targets = logits.detach().float().cpu(), torch.from_numpy(clips.targets)
+    if not logits.isfinite().all():
+        lost = int((~logits.isfinite().all(1)).sum())
+        raise RunError(
+            f"the model's scores of {lost} of {len(logits)} test clips are no numbers; "
+            "if it was trained just now, lower the lr and give another --out, or remove this run"
+        )
     count = len(classes)
     predicted = logits.argmax(1)
     confusion = torch.bincount(targets * count + predicted, minlength=count**2).view(count, count)

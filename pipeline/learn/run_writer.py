@@ -80,6 +80,8 @@ class RunWriter:
             "features": {name: spec.to_json() for name, spec in features.items()},
             "config": asdict(config),
         }
+        if (self.path / _LOCK).exists():  # who trains there is told first: what else is wrong may not be by then
+            _unlock(_lock(self.path))
         _check_free(self.path, _json(about))
         self._lock = _lock(self.path)
         _check_free(self.path, _json(about))  # another process may have finished it in between
@@ -92,8 +94,7 @@ class RunWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
+        _unlock(self._lock)
 
     def keep(self, state: State, history: Sequence[EpochRow]) -> None:
         text = io.StringIO(newline="")
@@ -159,13 +160,14 @@ def _check_free(out: Path, about: bytes) -> None:
     """Refuse a directory that holds anything but an unfinished run of just this."""
     if out.exists() and (not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir())):
         try:
-            what = "is a finished run" if load_run(out).finished else ""
-        except RunError:
-            what = "exists and is no run"
-        if what:
+            finished = load_run(out).finished
+        except RunError as error:
+            raise RunError(f"{out} exists and is no run; give another --out, or remove it") from error
+        differing = _differing(json.loads((out / "config.json").read_bytes()), json.loads(about))
+        if finished:
+            what = f"is a finished run of something else: {differing}" if differing else "is finished, as asked for"
             raise RunError(f"{out} {what}; give another --out, or remove it")
-        there = json.loads((out / "config.json").read_bytes())
-        if differing := _differing(there, json.loads(about)):
+        if differing:
             raise RunError(
                 f"{out} holds an unfinished run of something else: {differing}; "
                 "train as it was begun to go on with it, give another --out, or remove it"
@@ -190,16 +192,22 @@ def _lock(out: Path) -> int | None:
     return file
 
 
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What differs between two ``config.json``, in words; empty if nothing does."""
     old, new = ({**about, **about["config"]} for about in (there, here))
+    if old.get("kind") != new.get("kind"):
+        return f"it is a {old['kind']}, a {new['kind']} was asked for"
     names = [name for name in sorted({*old, *new} - _ANY) if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} is {_short(old.get(name))}, {_short(new.get(name))} was asked for" for name in names)
+    return ", ".join(_change(name, json.dumps(old.get(name)), json.dumps(new.get(name))) for name in names)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else "other"
+def _change(name: str, old: str, new: str) -> str:
+    return f"{name} differ" if max(len(old), len(new)) > 60 else f"{name} is {old}, {new} was asked for"
 
 
 def _json(value: Any) -> bytes:

@@ -133,6 +133,8 @@ def load_run(path: str | Path, *, kind: str | None = None) -> Run:
         )
         if not isinstance(run.config["split"], str | None):
             raise TypeError("split is no name")
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is not a moclip run: it has no config.json") from error
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is not a moclip run: its config.json is missing or incomplete ({error!r})") from error
     except (ValueError, RecursionError) as error:

@@ -134,7 +134,12 @@ def train_tsn(
     specs = {feature: store.features[feature]}
     with seeded(config.seed, deterministic=config.deterministic):
         model = MotionTSN(_backbone(config), len(split.classes)).to(device)
-        card = tsn_card(model.eval(), config.input_size, POOLED_SEGMENTS)
+        try:
+            card = tsn_card(model.eval(), config.input_size, POOLED_SEGMENTS)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise RunError(
+                f"{config.backbone} takes no pictures of {config.input_size} px ({error}); give another --input-size"
+            ) from error
         with RunWriter(out, "tsn", as_saved(config, store), split, specs) as writer:
             motion = Motion(store, feature, split.every.ids, device, missing_as_zeros=strict)
             batches = _Batches(motion, split, config)

@@ -38,6 +38,8 @@ def configured(
         name, equals, text = setting.partition("=")
         if not equals:
             raise RunError(f"no setting {setting!r}; expected name=value, such as lr=0.001")
+        if name in given:
+            raise RunError(f"{name} is set to {text}, and has an option that says {given[name]}; give one of them")
         values[name] = _parsed(text)
     values |= given
     known = [field.name for field in fields(config)]
