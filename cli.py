@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. Errors of the domain become one line and exit code 1."""
 
 import logging
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,21 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (MoclipError, ConnectionError) as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                raise  # `moclip … | head`: click ends without a word
             raise click.ClickException(one_line(str(error))) from error
         except OSError as error:
             raise click.ClickException(f"the operating system says: {one_line(str(error))}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted. What was finished is kept; run the same command again to go on.", err=True)
             sys.exit(INTERRUPTED)
+
+
+def _nobody_reads() -> bool:
+    """Whether the broken pipe is the one that this prints into, and not a connection to another machine."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

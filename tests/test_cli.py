@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -145,3 +147,12 @@ def test_an_odd_id_reaches_the_terminal_escaped(tmp_path):
     result = run("extract", tmp_path / "videos", tmp_path / "s.zarr", "--feature", "motion", "--workers", 1)
     assert result.exit_code == 0
     assert "\x1b[31m" not in run("info", tmp_path / "s.zarr").output
+
+
+def test_a_reader_that_has_read_enough_hears_nothing(tmp_path):
+    """`moclip … | head -1` ends without a message."""
+    command = [sys.executable, "-m", "moclip.cli", "info", str(Path(__file__).parent / "golden" / "format1-zarr")]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

@@ -87,11 +87,11 @@ def evaluate_head(
     found, names, missing = read_labelled(store, split, feature=None if strict else sources.image)
     if sources.pooled is not None:
         found, missing = _only(found, missing, sources.pooled.ids(POOLED), "not in the motion run")
-    elif sources.network is not None and not strict:
-        found, missing = _only(found, missing, store.ids(sources.motion), f"without {sources.motion}")
-    elif sources.network is not None:
+    elif sources.network is not None and strict:
         found, short = long_enough(found, store, sources.motion, protocol[0] if protocol else POOLED_SEGMENTS)
         missing |= short
+    elif sources.network is not None:
+        found, missing = _only(found, missing, store.ids(sources.motion), f"without {sources.motion}")
     if not len(found):
         raise RunError(f"no test clip of split {split!r} has the features that {run.path} needs; extract them")
     clips, chosen = by_name(found, names, run.classes), choose_device(device)
